@@ -1,0 +1,73 @@
+"""Arrays in files: .npy and .npz, read without executing anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["read_array", "write_array"]
+
+
+def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
+    """A numeric array of a .npy file, or of a .npz file.
+
+    Args:
+        path: the file; `FILE.npz:name` picks one array of several.
+        key: name of the array in a .npz file that holds several.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, a truncated or pickled file, an array that is not numeric, a missing or open choice
+            among several arrays.
+    """
+    text = str(path)
+    if key is None and ".npz:" in text:
+        text, key = text.rsplit(":", 1)
+    file = Path(text)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}; check the path.")
+    if file.suffix not in (".npy", ".npz"):
+        raise ValueError(f"{file} is neither .npy nor .npz; convert it with numpy.save.")
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                names = list(loaded.files)
+                if key is None and len(names) != 1:
+                    raise KeyError(f"it holds {', '.join(names) or 'nothing'}; pick one with {file.name}:NAME")
+                if key is not None and key not in names:
+                    raise KeyError(f"it holds no {key!r} but {', '.join(names)}")
+                array = loaded[key if key is not None else names[0]]
+        else:
+            array = loaded
+    except KeyError as error:
+        raise ValueError(f"{file} cannot be read: {error.args[0]}.") from error
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{file} is not a complete array file ({error}); pickled or truncated files are not read, save it again with numpy.save."
+        ) from error
+    except Exception as error:  # zipfile raises its own kinds for broken archives
+        raise ValueError(f"{file} is not a complete array file ({error}); save it again with numpy.savez.") from error
+    if array.dtype.kind not in "fiucb":
+        raise ValueError(f"{file} holds values of type {array.dtype}, numbers are expected.")
+    return array
+
+
+def write_array(path: str | Path, array: np.ndarray) -> Path:
+    """Write a .npy file; its folder is created.
+
+    Raises:
+        ValueError: another suffix. OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != ".npy":
+        raise ValueError(f"Arrays are written as .npy, got the name {path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array, allow_pickle=False)
+    except OSError as error:
+        raise OSError(
+            f"Cannot write {path}: {error.strerror or error}; choose a folder that can be written to."
+        ) from error
+    return path

@@ -1,0 +1,383 @@
+"""The one loop that runs solvers: streams of noise, chunks, progress, checkpoints, Ctrl-C, memory back-off.
+
+A run treats `n_obs × num_samples` items. Item (o, s) owns a noise stream derived from (seed, o, s); its numbers do
+not depend on how items are grouped into chunks, on the number of workers or on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from invgen.checkpoints import read_checkpoint, write_checkpoint
+from invgen.streams import Streams
+
+if TYPE_CHECKING:
+    from invgen.contracts import Solver
+    from invgen.posterior import Posterior
+    from invgen.problem import InverseProblem
+
+__all__ = ["DivergenceError", "Streams", "run"]
+
+
+class DivergenceError(RuntimeError):
+    """Every sample of a run became NaN or infinite."""
+
+
+def default_chunk(shape: tuple[int, ...], device: torch.device) -> int:
+    """Items a chunk: at most 16 images on a CPU, 64 on an accelerator; thousands of small vectors."""
+    images = len(shape) > 1 and math.prod(shape) >= 1024
+    if images:
+        return 16 if device.type == "cpu" else 64
+    return max(16, min(8192, (1 << 22) // max(math.prod(shape), 1)))
+
+
+def run(
+    solver: Solver,
+    problem: InverseProblem,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    chunk: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+    save_seconds: float = 60.0,
+    callbacks: Sequence[Callable[[int, dict[str, Tensor]], None]] = (),
+) -> Posterior:
+    """Run a solver for every observation and sample.
+
+    Args:
+        solver: what to run. problem: on what.
+        num_samples: samples (chains, starts) for each observation.
+        seed: of every stream.
+        chunk: items treated together; see `default_chunk`. Items of one observation stay together where the solver
+            pools them.
+        device, dtype: of the state; the operator and the prior must already be on that device.
+        progress: show a bar on the terminal.
+        checkpoint: file that finished chunks and, every `save_seconds`, the running state go to; a run with the same
+            settings continues from it.
+        callbacks: called after each step with (step, state).
+
+    Returns:
+        A `Posterior`. Ctrl-C returns the finished samples (the one in progress is dropped) with
+        `settings["interrupted"]`; samples that diverged are reported, weighted zero and left as NaN.
+
+    Raises:
+        DivergenceError: every sample became NaN or infinite.
+        KeyboardInterrupt: Ctrl-C before anything was finished.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from invgen.posterior import Posterior, versions
+
+    if int(num_samples) != num_samples or num_samples < 1:
+        raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0:
+        raise ValueError(f"A seed must be a non-negative integer, got {seed!r}.")
+    if chunk is not None and (int(chunk) != chunk or chunk < 1):
+        raise ValueError(f"chunk must be a positive integer or None, got {chunk}.")
+    if not dtype.is_floating_point:
+        raise ValueError(f"The state needs a real floating dtype, got {dtype}.")
+    solver.check(problem)
+    place = torch.device(device or "cpu")
+    items = [(o, s) for o in range(problem.n_obs) for s in range(num_samples)]
+    size = chunk or default_chunk(problem.model_shape, place)
+    size = -(-len(items) // -(-len(items) // size))  # equal chunks rather than a small last one
+    store = _Store(checkpoint, solver, problem, num_samples, seed, dtype)
+    began, counts0 = time.perf_counter(), _counts(problem)
+    steps = solver.num_steps(problem)
+    interrupted = False
+    columns = (
+        TextColumn(type(solver).__name__),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task("run", total=(steps + 1) * -(-len(items) // size))
+        position = store.finished
+        bar.update(task, completed=(steps + 1) * (position // size))
+        try:
+            while position < len(items):
+                part = items[position : position + size]
+                try:
+                    result = _chunk(
+                        solver,
+                        problem,
+                        part,
+                        seed,
+                        place,
+                        dtype,
+                        steps,
+                        store,
+                        save_seconds,
+                        callbacks,
+                        lambda: bar.advance(task),
+                    )
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if len(part) == 1 or not _out_of_memory(error):
+                        raise
+                    size = -(-len(part) // 2)
+                    torch.cuda.empty_cache()
+                    left = (steps + 1) * -(-(len(items) - position) // size)
+                    bar.update(
+                        task,
+                        total=(steps + 1) * -(-position // size) + left,
+                        completed=(steps + 1) * -(-position // size),
+                    )
+                    continue
+                store.add(result, position + len(part))
+                position += len(part)
+        except KeyboardInterrupt:
+            interrupted = True
+            if store.finished == 0:
+                raise
+    results = store.results
+    done = store.finished
+    if done < len(items):  # only whole rectangles can be returned: all observations, or the first ones, or fewer draws
+        whole = done // num_samples
+        if whole:
+            results = {k: v[: whole * num_samples] for k, v in results.items()}
+        rows, draws = (whole, num_samples) if whole else (1, done)
+    else:
+        rows, draws = problem.n_obs, num_samples
+    bad = results.pop("first_bad_step")
+    if bool((bad >= 0).all()):
+        raise DivergenceError(
+            f"All {len(bad)} samples of {type(solver).__name__} became NaN or infinite (first at step {int(bad.min())}); take smaller steps, or check the scales of operator, noise and prior."
+        )
+    counts = {k: v - counts0.get(k, 0) for k, v in _counts(problem).items()}
+    settings = {
+        "solver": type(solver).__name__,
+        **{k: v for k, v in store.describe(solver).items()},
+        "num_samples": num_samples,
+        "chunk": size,
+        "device": str(place),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "interrupted": interrupted,
+    }
+    store.close(keep=interrupted)
+    return Posterior.from_items(
+        results,
+        n_obs=rows,
+        num_samples=draws,
+        kind=solver.kind,
+        first_bad_step=bad,
+        counts=counts,
+        settings=settings,
+        seed=seed,
+        seconds=time.perf_counter() - began,
+        versions=versions(),
+        grid=getattr(problem.prior, "grid", None),
+        problem=problem,
+    )
+
+
+def _chunk(
+    solver: Solver,
+    problem: InverseProblem,
+    part: list[tuple[int, int]],
+    seed: int,
+    place: torch.device,
+    dtype: torch.dtype,
+    steps: int,
+    store: _Store,
+    save_seconds: float,
+    callbacks: Sequence[Callable[[int, dict[str, Tensor]], None]],
+    tick: Callable[[], None],
+) -> dict[str, Tensor]:
+    rng = Streams(seed, part, device=place)
+    mine = problem.select([o for o, _ in part], dtype=dtype, device=place)
+    resumed = store.resume(part)
+    if resumed is None:
+        state, first = solver.init(mine, rng), 0
+        state["first_bad_step"] = torch.full((len(part),), _NEVER, dtype=torch.long, device=place)
+    else:
+        state, first, counters = resumed
+        state = {k: v.to(place) for k, v in state.items()}
+        rng.restore(counters)
+    tick()
+    saved = time.perf_counter()
+    for step in range(first, steps):
+        bad = state.pop("first_bad_step")
+        state = dict(solver.step(mine, state, rng))
+        state["first_bad_step"] = _watch(state, bad, step)
+        tick()
+        if step % 64 == 63 and bool((state["first_bad_step"] < _NEVER).all()):
+            break  # nothing left to compute
+        for callback in callbacks:
+            callback(step, state)
+        if store.path is not None and time.perf_counter() - saved > save_seconds:
+            store.pause(part, state, step + 1, rng.counters)
+            saved = time.perf_counter()
+    bad = state.pop("first_bad_step")
+    result = dict(solver.finish(mine, state))
+    bad = _watch(result, bad, steps)
+    bad = torch.where(bad == _NEVER, -1, bad)
+    if "x" in result:  # what went wrong is left as NaN, never as a plausible number
+        x = result["x"]
+        result["x"] = torch.where(
+            (bad >= 0).reshape(-1, *(1,) * (x.ndim - 1)),
+            torch.full((), float("nan"), dtype=x.dtype, device=x.device),
+            x,
+        )
+    result["first_bad_step"] = bad
+    return {k: v.detach().cpu() for k, v in result.items()}
+
+
+_NEVER = torch.iinfo(torch.long).max
+
+
+def _watch(state: dict[str, Tensor], bad: Tensor, step: int) -> Tensor:
+    """Remember, on the device, the first step at which an item was not finite (`_NEVER` for a good one)."""
+    for name in ("u", "z", "x", "chain"):
+        if name in state:
+            # 0 · sum is 0 for a finite item and NaN otherwise: two operations instead of isfinite's five
+            test = state[name].reshape(len(bad), -1).mul(0).sum(1)
+            bad = torch.where(test == test, bad, bad.clamp_max(step))
+    return bad
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """True for the accelerator's error and for the CPU allocator's, which is a plain RuntimeError."""
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "not enough memory" in str(error)
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _fingerprint(problem: InverseProblem) -> str:
+    """SHA-256 over data, masks, physics and noise: a checkpoint continues the problem it was made for."""
+    digest = hashlib.sha256()
+
+    def add(value: Any, depth: int = 0) -> None:
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().resolve_conj().contiguous()
+            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+        elif isinstance(value, (int, float, complex, str, bool, type(None))):
+            digest.update(repr(value).encode())
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part, depth + 1)
+        else:
+            digest.update(type(value).__name__.encode())
+            if depth < 4:  # noise models and covariances; underscored attributes are caches, except the covariance
+                for name, part in sorted(getattr(value, "__dict__", {}).items()):
+                    if not name.startswith("_") or name == "_covariance":
+                        digest.update(name.encode())
+                        add(part, depth + 1)
+
+    for term in problem.terms:
+        add((term.data, term.mask, type(term.operator).__name__, str(term.operator)))
+        for name, tensor in term.operator.state_dict().items():
+            add((name, tensor))
+        add(term.noise)
+    add((type(problem.prior).__name__, problem.model_shape, sorted(problem.nuisance)))
+    return digest.hexdigest()
+
+
+def _counts(problem: InverseProblem) -> dict[str, int]:
+    return {
+        "network": int(getattr(problem.prior, "evaluations", 0)),
+        "forward": sum(t.operator.forward_count for t in problem.terms),
+        "adjoint": sum(getattr(t.operator, "adjoint_count", 0) for t in problem.terms),
+    }
+
+
+class _Store:
+    """Finished items, and the state in progress, in memory and (if asked) in one file."""
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        solver: Solver,
+        problem: InverseProblem,
+        num_samples: int,
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.path = Path(path) if path is not None else None
+        self.results: dict[str, Tensor] = {}
+        self.finished = 0
+        self._paused: tuple[dict[str, Tensor], int, dict[str, int], list[list[int]]] | None = None
+        self.key = ""
+        if self.path is not None:
+            text = json.dumps(
+                [type(solver).__name__, self.describe(solver), num_samples, seed, str(dtype), _fingerprint(problem)],
+                sort_keys=True,
+            )
+            self.key = hashlib.sha256(text.encode()).hexdigest()
+        if self.path is not None and self.path.is_file():
+            tensors, meta = read_checkpoint(self.path, "run")
+            if meta.get("key") != self.key:
+                raise ValueError(
+                    f"The checkpoint {self.path} belongs to a run with other settings, data or seed; give another file or delete it."
+                )
+            self.finished = int(meta["finished"])
+            self.results = {k.removeprefix("done."): v for k, v in tensors.items() if k.startswith("done.")}
+            state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+            if state:
+                self._paused = (
+                    state,
+                    int(meta["step"]),
+                    {k: int(v) for k, v in meta["counters"].items()},
+                    meta["part"],
+                )
+
+    @staticmethod
+    def describe(solver: Any) -> dict[str, Any]:
+        """Hyper-parameters as plain values."""
+        if not dataclasses.is_dataclass(solver):
+            return {}
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(solver):
+            value = getattr(solver, f.name)
+            out[f.name] = value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+        return out
+
+    def resume(self, part: list[tuple[int, int]]) -> tuple[dict[str, Tensor], int, dict[str, int]] | None:
+        if self._paused is None:
+            return None
+        state, step, counters, saved = self._paused
+        self._paused = None
+        return (state, step, counters) if [tuple(p) for p in saved] == part else None
+
+    def add(self, result: dict[str, Tensor], finished: int) -> None:
+        self.results = {k: torch.cat([self.results[k], v]) for k, v in result.items()} if self.results else result
+        self.finished = finished
+        self._write({}, {})
+
+    def pause(self, part: list[tuple[int, int]], state: dict[str, Tensor], step: int, counters: dict[str, int]) -> None:
+        self._write(
+            {f"state.{k}": v for k, v in state.items()},
+            {"step": step, "counters": counters, "part": [list(p) for p in part]},
+        )
+
+    def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        if self.path is not None:
+            write_checkpoint(
+                self.path,
+                "run",
+                {**{f"done.{k}": v for k, v in self.results.items()}, **tensors},
+                {"key": self.key, "finished": self.finished, **meta},
+            )
+
+    def close(self, *, keep: bool) -> None:
+        """Leave the checkpoint of an interrupted run; a finished one needs it no longer."""
+        if self.path is not None and not keep:
+            self.path.unlink(missing_ok=True)

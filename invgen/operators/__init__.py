@@ -1,0 +1,6 @@
+"""Operators: the physics g."""
+
+from invgen._lazy import lazy_room
+
+_exports, __getattr__, __dir__ = lazy_room(__name__, __file__)
+__all__ = sorted(_exports)

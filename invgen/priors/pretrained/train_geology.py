@@ -1,0 +1,90 @@
+"""Train the shipped geology prior: `python -m invgen.priors.pretrained.train_geology --out FILE`.
+
+Everything that decides the result stands in this file: generator, pool, network, noise levels, steps and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from invgen.data.crops import GeologyCrops
+from invgen.grid import Grid
+from invgen.priors.diffusion import DepthChannel, DiffusionPrior
+from invgen.priors.networks import UNet
+from invgen.priors.training import Training
+from invgen.transforms import Affine
+
+CROP = (96, 96)
+SEED = 20
+
+
+def build() -> DiffusionPrior:
+    """The untrained prior: log-impedance m = ln(2000 v[km/s]) on 4 m cells, u = (m − 8.65)/0.3."""
+    torch.manual_seed(SEED)
+    grid = Grid(CROP, (4.0, 4.0), axes=("z", "x"), units=("m", "m"), channels=("log_impedance",), channel_units=("ln(kg/m2/s*1e-3)",))
+    network = UNet(1, extra=2, widths=(40, 64, 96, 112), blocks=2).to(memory_format=torch.channels_last)
+    return DiffusionPrior(
+        network,
+        grid.field_shape,
+        transform=Affine(8.65, 0.3),
+        grid=grid,
+        sigma_data=1.0,
+        sigma_min=0.005,
+        sigma_max=300.0,
+        mean_variance_of_field=0.7,
+        depth=DepthChannel(2000.0),
+    )
+
+
+def main() -> None:
+    """Command line of the training run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=14_000)
+    parser.add_argument("--sections", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--state", default=None, help="resumable training state")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    began = time.perf_counter()
+    data = GeologyCrops(arguments.sections, CROP, seed=SEED, workers=2)
+    held_out = GeologyCrops(64, CROP, seed=SEED, start=1_000_000).batch(0, 256, 1)
+    print(f"pool of {arguments.sections} sections: {time.perf_counter() - began:.0f} s", flush=True)
+    prior = build()
+    training = Training(
+        steps=arguments.steps,
+        batch_size=16,
+        learning_rate=1.2e-3,
+        ema=0.9995,
+        precision="bf16-mixed",
+        device=arguments.device,
+        seed=SEED,
+        checkpoint=arguments.state,
+        save_every=500,
+    )
+
+    def log(step: int, loss: float) -> None:
+        if step % 250 == 0:
+            print(f"step {step} loss {loss:.4f} {time.perf_counter() - began:.0f} s", flush=True)
+
+    report = training.fit(prior, data, validation=held_out, progress=False, callback=log)
+    card = {
+        "data": f"invgen.data.GeologySections(), seed {SEED}, {arguments.sections} sections, crops {CROP}",
+        "command": f"python -m invgen.priors.pretrained.train_geology --out {arguments.out.name} --steps {arguments.steps} --sections {arguments.sections}",
+        "seed": SEED,
+        "steps": report.steps,
+        "training_seconds": round(report.seconds),
+        "threads": arguments.threads,
+        "validation": {k: round(v, 5) for k, v in report.validation.items()},
+    }
+    prior.save(arguments.out, half=True, card=card)
+    print(card, flush=True)
+
+
+if __name__ == "__main__":
+    main()

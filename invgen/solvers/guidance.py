@@ -1,0 +1,197 @@
+r"""Guidance: from the denoiser E[u0 | u_σ] to the posterior denoiser E[u0 | u_σ, d].
+
+With u_σ = u0 + σ n and a Gaussian approximation N(D, V) of p(u0 | u_σ), linear physics d = A u0 + N(0, R) gives
+
+    p(d | u_σ) ≈ N(A D, R + A V Aᵀ),
+    E[u0 | u_σ, d] = D + σ² ∇ log p(d | u_σ) ≈ D + σ² Jᵀ Aᵀ (R + A V Aᵀ)⁻¹ (d − A D),      J = ∂D/∂u.
+
+The rules differ in V alone. The exact conditional covariance is V = σ² J (Tweedie's second-order formula), used by
+`MMPS`; `PiGDM` replaces it by a multiple of the identity; `DPS` drops it and rescales the step. The covariance decides
+the calibration. Every rule costs one vector–Jacobian product through the network besides what it states.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from invgen.linalg import Solved, gmres, inner
+from invgen.problem import InverseProblem
+
+__all__ = ["DPS", "MMPS", "Guidance", "PiGDM"]
+
+
+class Guidance(Protocol):
+    """A rule that turns a denoiser into a posterior denoiser."""
+
+    linear_only: bool
+
+    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
+        """E[u0 | u_σ = u, d] for a chunk.
+
+        Args:
+            problem: the chunk's problem.
+            u: `(batch, *shape)`. sigma: noise level.
+            gain: weight of the clean estimate in the integrator's step (1 − σ'/σ for Euler), for rules that are
+                defined by a step rather than by an estimate.
+
+        Returns:
+            The posterior denoiser `(batch, *shape)` and the relative residual of inner solves `(batch,)`, None
+            where there are none.
+        """
+        ...
+
+
+def _denoise_with_graph(problem: InverseProblem, u: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = u.detach().requires_grad_(True)
+        return leaf, problem.prior.denoise(leaf, sigma)
+
+
+def _pull_back(clean: Tensor, leaf: Tensor, cotangent: Tensor, *, keep: bool = False) -> Tensor:
+    """Jᵀ w."""
+    (out,) = torch.autograd.grad(clean, leaf, cotangent, retain_graph=keep)
+    return out
+
+
+@dataclass(frozen=True)
+class DPS:
+    """Diffusion posterior sampling (Chung et al. 2023, arXiv:2209.14687, algorithm 1), not calibrated by construction.
+
+    The paper subtracts (ζ/|r|) ∇|r|², r = d − g(D(u)), from each step of a variance-preserving chain; in sigma space,
+    with α = 1/√(1 + σ²), that is the shift 2ζ/α² Jᵀ gᵀ r / |r| of u. The norm is one for each sample. For noise that
+    is not white the residual is whitened and rescaled by the noise's rms, which changes nothing for R = σ_d² I.
+
+    Args:
+        scale: ζ; the paper uses 0.1 to 1, chosen by problem.
+
+    Non-linear operators are allowed; the noise must be Gaussian. Cost: 1 network pass and 1 vector–Jacobian product
+    through network and physics.
+    """
+
+    scale: float = 1.0
+    linear_only = False
+
+    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
+        terms = problem.in_u()
+        noises = problem.remember("R of terms", lambda: [t.noise.covariance(t.operator.data_shape) for t in terms])
+        level = problem.remember(
+            "noise rms", lambda: math.sqrt(sum(float(R.mean_variance()) for R in noises) / len(noises))
+        )
+        leaf, clean = _denoise_with_graph(problem, u, sigma)
+        with torch.enable_grad():
+            predictions = [t.operator(clean) for t in terms]
+        residuals = [t.data - p.detach() for t, p in zip(terms, predictions, strict=True)]
+        weighted = [R.solve(r) for R, r in zip(noises, residuals, strict=True)]
+        parts = [inner(r, w) for r, w in zip(residuals, weighted, strict=True)]
+        square = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        # a perfect fit has no direction: the smallest float keeps its step zero instead of NaN
+        size = 2 * self.scale * (1 + sigma**2) / max(gain, 1e-3) * level
+        factor = size * (square + torch.finfo(square.dtype).tiny).rsqrt()
+        pull = [w * factor.reshape(-1, *(1,) * (w.ndim - 1)) for w in weighted]
+        (shift,) = torch.autograd.grad(predictions, leaf, pull)
+        return clean.detach() + shift, None
+
+
+@dataclass(frozen=True)
+class PiGDM:
+    """Pseudo-inverse guidance (Song et al. 2023, ICLR, equation 8) with V = r² I.
+
+    r² = σ² s²/(σ² + s²) is the conditional variance of a white prior of variance s² (appendix A.3 with the prior's own
+    scale instead of 1). Exact only when Cov[u0 | u_σ] is a multiple of the identity: a correlated prior leaves a bias.
+
+    Args:
+        variance: s², the prior's mean variance tr Σ/n in u; taken from the prior when omitted.
+
+    Needs linear-Gaussian terms. Cost: 1 network pass, 1 vector–Jacobian product, one `operator.solve`.
+    """
+
+    variance: float | None = None
+    linear_only = True
+
+    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
+        A, data, R = problem.linear_gaussian("u")
+        leaf, clean = _denoise_with_graph(problem, u, sigma)
+        s2 = self.variance if self.variance is not None else prior_variance(problem)
+        r2 = sigma**2 * s2 / (sigma**2 + s2)
+        fit = clean.detach()
+        solved = A.solve(data - A(fit), R, r2)
+        return fit + sigma**2 * _pull_back(clean, leaf, A.adjoint(solved.x)), solved.residual
+
+
+@dataclass(frozen=True)
+class MMPS:
+    """Moment-matching posterior sampling (Rozet et al. 2024, arXiv:2405.13712, equations 16–20) with V = σ² J.
+
+    The system (R + σ² A Jᵀ Aᵀ) v = d − A D is solved by GMRES, because a learned J is not symmetric and a
+    vector–Jacobian product gives Jᵀ; the estimate is D + σ² Jᵀ Aᵀ v. Right preconditioning with the ΠGDM covariance
+    (R + r² A Aᵀ)⁻¹ through `operator.solve` makes a few iterations enough. Exact for a Gaussian prior, linear physics
+    and Gaussian noise, in the limit of small steps and a converged solve: stopping after one iteration is a bias.
+
+    Args:
+        iterations: size of the Krylov space, at the most.
+        rtol: stop when every sample reached it; 0 always spends all iterations and never looks.
+        precondition: use `operator.solve`; switch off where it is as expensive as the network.
+
+    Cost: 1 network pass and iterations + 1 vector–Jacobian products, operators and adjoints.
+    """
+
+    iterations: int = 8
+    rtol: float = 1e-4
+    precondition: bool = True
+    linear_only = True
+
+    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
+        A, data, R = problem.linear_gaussian("u")
+        leaf, clean = _denoise_with_graph(problem, u, sigma)
+        s2 = prior_variance(problem)
+        r2 = sigma**2 * s2 / (sigma**2 + s2)
+        fit = clean.detach()
+
+        def ease(v: Tensor) -> Tensor:
+            return A.solve(v, R, r2).x if self.precondition else v
+
+        def system(v: Tensor) -> Tensor:
+            w = ease(v)
+            return R.apply(w) + sigma**2 * A(_pull_back(clean, leaf, A.adjoint(w), keep=True))
+
+        solved: Solved = gmres(system, data - A(fit), iterations=self.iterations, rtol=self.rtol)
+        pulled = _pull_back(clean, leaf, A.adjoint(ease(solved.x)))
+        return fit + sigma**2 * pulled, solved.residual
+
+
+def prior_variance(problem: InverseProblem) -> float:
+    """s² = tr Σ / n of the prior in u: stated by the prior (`sigma_data`, `covariance_u`), else from 256 draws."""
+    return problem.remember("prior_variance", lambda: _prior_variance(problem.prior))
+
+
+def _prior_variance(prior: Any) -> float:
+    if hasattr(prior, "sigma_data"):
+        return float(prior.sigma_data) ** 2
+    if hasattr(prior, "covariance_u"):
+        return float(prior.covariance_u.mean_variance().mean())
+    draws = prior.transform.inverse(prior.sample(256, seed=0))
+    return float(draws.var(0).mean())
+
+
+def start_level(problem: InverseProblem) -> float:
+    """A noise level that swamps the prior's largest mode, 7 √λ_max: stated by the prior (`start_sigma`), else from draws.
+
+    From draws, λ_max of the sample covariance of 512 draws: biased up by sampling noise, which is on the safe side.
+    """
+    return problem.remember("start_level", lambda: _start_level(problem.prior))
+
+
+def _start_level(prior: Any) -> float:
+    if hasattr(prior, "start_sigma"):
+        return float(prior.start_sigma)
+    draws = prior.transform.inverse(prior.sample(512, seed=0)).flatten(1).double()
+    draws = draws - draws.mean(0)
+    gram = draws @ draws.T if draws.shape[1] > draws.shape[0] else draws.T @ draws
+    return 7.0 * float((torch.linalg.eigvalsh(gram)[-1] / draws.shape[0]).sqrt())
+
+
