@@ -45,7 +45,9 @@ def train(
     parser.add_argument("--validation", type=float, default=0.05, help="share of an array held out for validation")
     parser.add_class_arguments(Training, "training", skip={"seed", "device"})
     parser.add_argument("--defaults_from_file", action="config", help="internal: the file's plain values")
-    plain: dict[str, Any] = {k: config[k] for k in ("validation", "seed", "device", "out", "progress", "training") if k in config}
+    plain: dict[str, Any] = {
+        k: config[k] for k in ("validation", "seed", "device", "out", "progress", "training") if k in config
+    }
     if isinstance(config.get("data"), str):
         plain["data"] = config["data"]
     options = parse(parser, (["--defaults_from_file", json.dumps(plain)] if plain else []) + words)

@@ -78,7 +78,13 @@ def test_links_are_left_out_of_packages_and_tools() -> None:
 
 
 def test_ruff_sees_the_rooms_but_not_the_links() -> None:
-    seen = subprocess.run([sys.executable, "-m", "ruff", "check", ".", "--show-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    seen = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", ".", "--show-files"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if seen.returncode != 0:
         pytest.skip("ruff is not installed")
     files = {str(Path(line).relative_to(ROOT)) for line in seen.stdout.splitlines() if line}
