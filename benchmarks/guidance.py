@@ -57,7 +57,10 @@ def with_bootstrap(samples: Tensor, mean: Tensor, covariance: Tensor) -> tuple[f
     """(mean error, its Monte-Carlo sd, sd ratio, its Monte-Carlo sd), the sds from 200 bootstrap resamples."""
     generator = torch.Generator().manual_seed(0)
     value, ratio = errors(samples, mean, covariance)
-    draws = [errors(samples[torch.randint(len(samples), (len(samples),), generator=generator)], mean, covariance) for _ in range(200)]
+    draws = [
+        errors(samples[torch.randint(len(samples), (len(samples),), generator=generator)], mean, covariance)
+        for _ in range(200)
+    ]
     spread = torch.tensor(draws, dtype=torch.float64).std(0)
     return value, float(spread[0]), ratio, float(spread[1])
 
@@ -108,7 +111,9 @@ def dps_operations(steps: int = 40) -> float:
 
 
 def main() -> None:
-    bench = Benchmark("guidance", "Calibration of guided and split diffusion on a Gaussian problem with a known posterior.")
+    bench = Benchmark(
+        "guidance", "Calibration of guided and split diffusion on a Gaussian problem with a known posterior."
+    )
     samples = 1000 if bench.fast else 4000
     rules: dict[str, Callable[[], Any]] = {
         "exact": ExactGaussian,
@@ -125,7 +130,10 @@ def main() -> None:
             posterior = make().solve(case, samples, seed=1, dtype=torch.float64)
             row = with_bootstrap(posterior.samples[0, 0], mean, covariance)
             worst.setdefault(name, []).append(row)
-            print(f"noise {noise:<5g} {name:15s} mean error {row[0]:.4f} ± {row[1]:.4f}   sd ratio {row[2]:.4f} ± {row[3]:.4f}   {posterior.seconds:.1f} s", flush=True)
+            print(
+                f"noise {noise:<5g} {name:15s} mean error {row[0]:.4f} ± {row[1]:.4f}   sd ratio {row[2]:.4f} ± {row[3]:.4f}   {posterior.seconds:.1f} s",
+                flush=True,
+            )
     for name, rows in worst.items():
         value, spread = max((r[0], r[1]) for r in rows)
         bench.add(f"{name}_mean_error", value, "posterior sd", spread, "largest of the three noise levels")

@@ -101,7 +101,7 @@ def column(rng: Rng, length: float, step: float, window: float) -> tuple[Array, 
     first = value[which] + np.concatenate(drifts)[which] * inside
     change = np.concatenate(shifts) + rng.normal(0.0, rng.uniform(0.01, 0.06), bed.size)
     second = first * rng.uniform(0.5, 1.1) + change[which]
-    width = max(1, int(round(window / step)))
+    width = max(1, round(window / step))
     kernel = np.full(width, 1.0 / width)
     out = [np.convolve(np.pad(c, width, mode="edge"), kernel, mode="same")[width:-width] for c in (first, second)]
     return out[0].astype(np.float32), out[1].astype(np.float32)
@@ -155,7 +155,8 @@ def fault_family(rng: Rng, z: Array, x: Array, dx: float, throw_scale: float, de
         places = places[places < high]
     else:
         reach = 0.15 * span
-        places = rng.uniform(low + reach, high - reach, rng.integers(1, 3)) if high - low > 2 * reach else [low]
+        count = rng.integers(1, 3) if high - low > 2 * reach else 0
+        places = rng.uniform(low + reach, high - reach, count) if count else np.array([low])
     throw = np.zeros_like(grid)
     most = 0.0
     for place in places:

@@ -48,7 +48,9 @@ class GeologyCrops:
     def __post_init__(self) -> None:
         nz, nx = self.generator.shape
         if self.crop[0] > nz or self.crop[1] > nx:
-            raise ValueError(f"Crops of {self.crop} do not fit sections of {self.generator.shape}; take smaller crops or larger sections.")
+            raise ValueError(
+                f"Crops of {self.crop} do not fit sections of {self.generator.shape}; take smaller crops or larger sections."
+            )
         make = partial(_section, self.generator, self.seed)
         indices = range(self.start, self.start + self.sections)
         if self.workers > 1:

@@ -112,8 +112,8 @@ class GeologySections:
         water = rng.random() < 0.3
         seabed = np.zeros(nx, dtype=np.float32)
         if water:
-            seabed = rng.uniform(20.0, 500.0) * (1.0 + rng.uniform(0.02, 0.15) * parts.smooth_curve(rng, x, 3000.0))
-            seabed = np.maximum(seabed, 0.0).astype(np.float32)
+            relief = rng.uniform(20.0, 500.0) * (1.0 + rng.uniform(0.02, 0.15) * parts.smooth_curve(rng, x, 3000.0))
+            seabed = np.maximum(relief, 0.0).astype(np.float32)
         salt = rng.random() < 0.12
         dome = np.zeros(nx, dtype=np.float32)
         if salt:
@@ -158,7 +158,7 @@ class GeologySections:
         m += trend
         rows = 211
         tile = parts.texture_tile(rng, rows, x) * np.float32(parts.log_uniform(rng, 0.002, 0.02))
-        index //= max(1, int(round(max(dz, 4.0) / step)))
+        index //= max(1, round(max(dz, 4.0) / step))
         index %= rows
         index *= nx
         index += np.arange(nx, dtype=np.int32)

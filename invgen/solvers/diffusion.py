@@ -72,7 +72,9 @@ class GuidedDiffusion(Solver):
         if self.integrator not in ("euler", "heun", "ancestral", "sde"):
             raise ValueError(f"The integrator must be euler, heun, ancestral or sde, got {self.integrator!r}.")
         if self.steps < 2 or self.corrections < 0 or not 0 < self.correction_step < 2:
-            raise ValueError(f"GuidedDiffusion needs steps >= 2, corrections >= 0 and 0 < correction_step < 2, got {self.steps}, {self.corrections}, {self.correction_step}.")
+            raise ValueError(
+                f"GuidedDiffusion needs steps >= 2, corrections >= 0 and 0 < correction_step < 2, got {self.steps}, {self.corrections}, {self.correction_step}."
+            )
 
     @classmethod
     def examples(cls) -> list[GuidedDiffusion]:
@@ -93,7 +95,10 @@ class GuidedDiffusion(Solver):
 
     def levels(self, problem: InverseProblem) -> list[float]:
         """The schedule: `steps` levels and 0."""
-        return problem.remember(("levels", self), lambda: schedule(self.sigma_min, self.sigma_max or start_level(problem), self.steps, self.rho))
+        return problem.remember(
+            ("levels", self),
+            lambda: schedule(self.sigma_min, self.sigma_max or start_level(problem), self.steps, self.rho),
+        )
 
     def init(self, problem: InverseProblem, rng: Streams) -> dict[str, Tensor]:
         top = self.levels(problem)[0]
@@ -128,7 +133,9 @@ class GuidedDiffusion(Solver):
         return {"x": problem.prior.transform(state["u"]), "stat_residual": state["stat_residual"]}
 
 
-def advance(integrator: str, denoise: Denoise, u: Tensor, now: float, after: float, noise: Callable[[], Tensor]) -> Tensor:
+def advance(
+    integrator: str, denoise: Denoise, u: Tensor, now: float, after: float, noise: Callable[[], Tensor]
+) -> Tensor:
     """One step of an integrator from level `now` to `after`; at 0 every integrator returns the clean estimate."""
     ratio = after / now
     if after == 0:
@@ -158,11 +165,17 @@ def check_diffusion_problem(solver: Solver, problem: InverseProblem, *, linear_o
     """Raise a TypeError for what guided and split samplers cannot treat."""
     name = type(solver).__name__
     if not getattr(problem.prior.transform, "affine", False):
-        raise TypeError(f"{name} works in the prior's coordinates and needs an affine transform, this prior has {type(problem.prior.transform).__name__}; move the non-linear part into the operator with @.")
+        raise TypeError(
+            f"{name} works in the prior's coordinates and needs an affine transform, this prior has {type(problem.prior.transform).__name__}; move the non-linear part into the operator with @."
+        )
     if problem.nuisance:
-        raise TypeError(f"{name} does not sample nuisance parameters ({', '.join(problem.nuisance)}); fix them, or use a latent sampler.")
+        raise TypeError(
+            f"{name} does not sample nuisance parameters ({', '.join(problem.nuisance)}); fix them, or use a latent sampler."
+        )
     if linear_only and not problem.is_linear_gaussian:
         kinds = ", ".join(f"{type(t.operator).__name__} with {type(t.noise).__name__}" for t in problem.terms)
-        raise TypeError(f"{name} with this rule needs linear operators with Gaussian noise, got {kinds}; DPS takes non-linear operators.")
+        raise TypeError(
+            f"{name} with this rule needs linear operators with Gaussian noise, got {kinds}; DPS takes non-linear operators."
+        )
     if not all(hasattr(t.noise, "covariance") for t in problem.terms):
         raise TypeError(f"{name} needs Gaussian noise, got {', '.join(type(t.noise).__name__ for t in problem.terms)}.")

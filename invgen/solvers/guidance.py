@@ -193,5 +193,3 @@ def _start_level(prior: Any) -> float:
     draws = draws - draws.mean(0)
     gram = draws @ draws.T if draws.shape[1] > draws.shape[0] else draws.T @ draws
     return 7.0 * float((torch.linalg.eigvalsh(gram)[-1] / draws.shape[0]).sqrt())
-
-

@@ -67,9 +67,13 @@ class PnPDM(Solver):
 
     def __post_init__(self) -> None:
         if self.iterations < 2 or self.inner < 1 or self.hold < 0:
-            raise ValueError(f"PnPDM needs iterations >= 2, inner >= 1 and hold >= 0, got {self.iterations}, {self.inner}, {self.hold}.")
+            raise ValueError(
+                f"PnPDM needs iterations >= 2, inner >= 1 and hold >= 0, got {self.iterations}, {self.inner}, {self.hold}."
+            )
         if not (0 < self.rho_min < self.rho_max and 0 < self.floor < 1):
-            raise ValueError(f"PnPDM needs 0 < rho_min < rho_max and 0 < floor < 1, got {self.rho_min}, {self.rho_max}, {self.floor}.")
+            raise ValueError(
+                f"PnPDM needs 0 < rho_min < rho_max and 0 < floor < 1, got {self.rho_min}, {self.rho_max}, {self.floor}."
+            )
 
     @classmethod
     def examples(cls) -> list[PnPDM]:

@@ -16,7 +16,8 @@ def test_shape_dtype_and_range() -> None:
     assert m.dtype == np.float32
     assert np.isfinite(m).all()
     v = np.exp(m) / 2000.0
-    assert v.min() > 1.44 and v.max() < 5.81
+    assert v.min() > 1.44
+    assert v.max() < 5.81
 
 
 def test_an_item_depends_on_seed_and_number_only() -> None:
@@ -41,7 +42,9 @@ def test_velocity_grows_with_depth_on_average() -> None:
     assert profile[-20:].mean() > profile[:20].mean() + 0.1
 
 
-@pytest.mark.parametrize("shape,spacing", [((2, 2), (4.0, 4.0)), ((64, 64), (12.5, 25.0)), ((33, 300), (1.0, 10.0))])
+@pytest.mark.parametrize(
+    ("shape", "spacing"), [((2, 2), (4.0, 4.0)), ((64, 64), (12.5, 25.0)), ((33, 300), (1.0, 10.0))]
+)
 def test_other_grids(shape: tuple[int, int], spacing: tuple[float, float]) -> None:
     m = GeologySections(shape=shape, spacing=spacing, depth=1000.0).sample(15)
     assert m.shape == (15, 1, *shape)
@@ -52,9 +55,11 @@ def test_crops_are_windows_of_sections_at_the_reported_depth() -> None:
     geology = GeologySections(shape=(60, 70), spacing=(5.0, 10.0), depth=300.0)
     crops, depth = geology.crops(8, (16, 24), seed=5, start=4, per_section=4)
     sections = geology.sample(3, seed=5)
-    assert crops.shape == (8, 1, 16, 24) and crops.dtype == np.float32 and depth.shape == (8,)
+    assert crops.shape == (8, 1, 16, 24)
+    assert crops.dtype == np.float32
+    assert depth.shape == (8,)
     for i in range(8):
-        row = int(round((float(depth[i]) - 300.0) / 5.0))
+        row = round((float(depth[i]) - 300.0) / 5.0)
         rows = sections[(4 + i) // 4, 0, row : row + 16]
         assert any(np.array_equal(rows[:, j : j + 24], crops[i, 0]) for j in range(70 - 24 + 1))
 

@@ -25,6 +25,7 @@ class MLPDenoiser(nn.Module):
         super().__init__()
         self.settings = {"channels": channels, "extra": extra, "width": width, "depth": depth}
         self.channels, self.extra = channels, extra
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, math.log(30.0), 8)), persistent=False)
         layers: list[nn.Module] = []
         size = channels + extra + 16

@@ -8,6 +8,7 @@ channels of one pixel; what must know where it is (vertical trends) receives dep
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         nn.init.zeros_(self.second.weight)  # every block starts as the identity
-        nn.init.zeros_(self.second.bias)
+        nn.init.zeros_(cast(Tensor, self.second.bias))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
@@ -80,7 +81,7 @@ class UNet(nn.Module):
         embedding: int = 128,
     ) -> None:
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "channels": channels,
             "extra": extra,
             "widths": list(widths),
@@ -91,8 +92,11 @@ class UNet(nn.Module):
         self.channels, self.extra, self.patch = channels, extra, patch
         self.multiple = patch * 2 ** (len(widths) - 1)
         half = 16
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, math.log(30.0), half)), persistent=False)
-        self.embed = nn.Sequential(nn.Linear(2 * half, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.embed = nn.Sequential(
+            nn.Linear(2 * half, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
         self.enter = nn.Conv2d((channels + extra) * patch**2, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -109,7 +113,7 @@ class UNet(nn.Module):
         self.norm = PixelNorm(widths[0])
         self.leave = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        nn.init.zeros_(cast(Tensor, self.leave.bias))
 
     @property
     def receptive_radius(self) -> int:
@@ -134,7 +138,7 @@ class UNet(nn.Module):
         h = self.enter(F.pixel_unshuffle(x, self.patch))
         skips = []
         for level, blocks in enumerate(self.down):
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 h = block(h, embedding)
             if level < len(self.reduce):
                 skips.append(h)
@@ -142,7 +146,7 @@ class UNet(nn.Module):
         for level in reversed(range(len(self.reduce))):
             h = F.pixel_shuffle(self.enlarge[level](h), 2)
             h = self.merge[level](torch.cat([h, skips.pop()], dim=1))
-            for block in self.up[level]:
+            for block in cast(nn.ModuleList, self.up[level]):
                 h = block(h, embedding)
         out = F.pixel_shuffle(self.leave(F.silu(self.norm(h))), self.patch)
         return out[..., :height, :width]

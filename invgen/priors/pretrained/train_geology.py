@@ -25,8 +25,16 @@ SEED = 20
 def build() -> DiffusionPrior:
     """The untrained prior: log-impedance m = ln(2000 v[km/s]) on 4 m cells, u = (m − 8.65)/0.3."""
     torch.manual_seed(SEED)
-    grid = Grid(CROP, (4.0, 4.0), axes=("z", "x"), units=("m", "m"), channels=("log_impedance",), channel_units=("ln(kg/m2/s*1e-3)",))
-    network = UNet(1, extra=2, widths=(40, 64, 96, 112), blocks=2).to(memory_format=torch.channels_last)
+    grid = Grid(
+        CROP,
+        (4.0, 4.0),
+        axes=("z", "x"),
+        units=("m", "m"),
+        channels=("log_impedance",),
+        channel_units=("ln(kg/m2/s*1e-3)",),
+    )
+    network = UNet(1, extra=2, widths=(40, 64, 96, 112), blocks=2)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return DiffusionPrior(
         network,
         grid.field_shape,
