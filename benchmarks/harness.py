@@ -64,7 +64,7 @@ def load_targets(benchmark: str, path: Path = TARGETS) -> dict[str, dict[str, An
 
 
 def _bound(target: Mapping[str, Any]) -> tuple[str, Callable[[float], bool]]:
-    known = {"min", "max", "between", "equals"}
+    known = {"min", "max", "between", "equals", "measured"}
     chosen = known & set(target)
     if len(chosen) != 1:
         raise ValueError(f"A target needs exactly one of {sorted(known)}, got {sorted(target)}.")
@@ -74,6 +74,8 @@ def _bound(target: Mapping[str, Any]) -> tuple[str, Callable[[float], bool]]:
         return f"≥ {bound:g}", lambda v: v >= bound
     if kind == "max":
         return f"≤ {bound:g}", lambda v: v <= bound
+    if kind == "measured":
+        return "measured", lambda v: True
     if kind == "equals":
         return f"= {bound:g}", lambda v: v == bound
     low, high = bound

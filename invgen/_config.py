@@ -125,6 +125,10 @@ def _is_plain(annotation: Any) -> bool:
     return False
 
 
+def _takes_none(annotation: Any) -> bool:
+    return annotation in (Any, None, type(None)) or type(None) in typing.get_args(annotation)
+
+
 def _is_array(annotation: Any) -> bool:
     import numpy as np
     import torch
@@ -189,8 +193,21 @@ def class_parser(groups: Mapping[str, type], parser: Any = None) -> Any:
 
 
 def sentence(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split())
+    """The message of an error on one line, jsonargparse's words about types in a user's."""
+    import re
+
+    text = " ".join(str(error).split())
+    found = re.match(
+        r'Parser key "(?P<key>[^"]+)": (?P<why>.*?)\.? (?:Got|Given) value(?: type: .*?Given value)?: (?P<value>.*)$',
+        text,
+    )
+    if found is None:
+        found = re.match(r'Parser key "(?P<key>[^"]+)": Not of type NonNegativeInt: .*(?P<value>\'.*\'|-\d+)', text)
+        return f"{found['key']} must be a whole number from 0, got {found['value']}." if found is not None else text
+    kinds = re.findall(r"\[(list\[.*?\]|<class '\w+'>)|Expected an? <class '(\w+)'>", found["why"])
+    wanted = next((re.sub(r"<class '(.*)'>", r"\1", name) for pair in kinds for name in pair if name), None)
+    expected = f"a value of type {wanted} is expected" if wanted else f"{found['why'][0].lower()}{found['why'][1:]}"
+    return f"{found['key']} cannot be {found['value']!r}: {expected}."
 
 
 def build(spec: Any, *, what: str, allow_import: bool = False, extra: Mapping[str, Any] | None = None) -> Any:
@@ -213,6 +230,10 @@ def build(spec: Any, *, what: str, allow_import: bool = False, extra: Mapping[st
     for key in list(arguments):
         if key not in known:
             raise ConfigError(f"{cls.__name__} has no argument {key!r}; it takes {', '.join(known) or 'none'}.")
+        annotation = hints.get(key, Any)
+        # an annotated default tells jsonargparse that None will do
+        if arguments[key] is None and known[key].default is not None and not _takes_none(annotation):
+            raise ConfigError(f"{what}.{key} needs a value, got none; leave it out for the default.")
         if key not in plain:
             objects[key] = _nested(arguments.pop(key), hints.get(key, Any), f"{what}.{key}", allow_import)
     missing = [n for n, p in known.items() if p.default is p.empty and n not in arguments and n not in objects]
@@ -281,17 +302,21 @@ def _nested(value: Any, annotation: Any, what: str, allow_import: bool) -> Any:
     )
 
 
-def check_output(path: str | Path) -> Path:
-    """Raise an OSError now, not after an hour of sampling, when a file cannot be written."""
+def check_output(path: str | Path, *suffixes: str) -> Path:
+    """Raise now, not after an hour of sampling, when a file cannot be written or has another ending than `suffixes`."""
     import os
 
     path = Path(path)
+    if suffixes and path.suffix not in suffixes:
+        raise ConfigError(f"The result is written as {' or '.join(suffixes)}, got the name {str(path)!r}; end it so.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder, a file is expected")
         if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
             raise PermissionError(None, "permission denied")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OSError(f"Cannot write {path}: a folder in it is a file; choose another folder.") from error
     except OSError as error:
         raise OSError(
             f"Cannot write {path}: {error.strerror or error}; choose a folder that can be written to."

@@ -64,8 +64,8 @@ def invert_options(
         spec = config.get(group)
         if named is not None:
             spec = _number(named) if group == "noise" else named
-        if isinstance(spec, (int, float)) and group == "noise":
-            spec = {"class_path": "GaussianNoise", "init_args": {"sigma": spec}}
+        if group == "noise":
+            spec = _noise(spec)
         if spec is None:
             continue
         specs[group] = spec
@@ -96,6 +96,14 @@ def invert_options(
     if options.num_samples < 1:
         raise ConfigError(f"num_samples must be at least 1, got {options.num_samples}.")
     return options, specs, allow
+
+
+def _noise(spec: Any) -> Any:
+    """A number, or a file with one standard deviation a datum, means Gaussian noise."""
+    file = isinstance(spec, str) and (spec.endswith((".npy", ".npz")) or ".npz:" in spec)
+    if file or (isinstance(spec, (int, float)) and not isinstance(spec, bool)):
+        return {"class_path": "GaussianNoise", "init_args": {"sigma": spec}}
+    return spec
 
 
 def _number(text: str) -> Any:
@@ -180,15 +188,20 @@ def _term(spec: Any, allow_import: bool) -> Any:
         if spec.get(name) is None:
             raise ConfigError(f"A data set needs {name}; give it as --{name} or in the configuration.")
     parts = spec["operator"] if isinstance(spec["operator"], list) else [spec["operator"]]
+    if not parts:
+        raise ConfigError("The list of operators is empty; name at least one.")
     physics = functools.reduce(arithmetic.matmul, [build(p, what="operator", allow_import=allow_import) for p in parts])
     if not isinstance(physics, Operator):
         raise ConfigError(f"{type(physics).__name__} is not an operator.")
-    noise = spec["noise"]
-    if isinstance(noise, (int, float)):
-        noise = {"class_path": "GaussianNoise", "init_args": {"sigma": noise}}
+    noise = _noise(spec["noise"])
     data = torch.from_numpy(read_array(spec["data"]))
     data = data if data.is_floating_point() or data.is_complex() else data.float()
-    mask = None if spec.get("mask") is None else torch.from_numpy(read_array(spec["mask"])).bool()
+    mask = None
+    if spec.get("mask") is not None:
+        mask = torch.from_numpy(read_array(spec["mask"]))
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ConfigError(f"The mask {spec['mask']} holds other values than 0 and 1; 1 (true) means measured.")
+        mask = mask.bool()
     return Term(
         data, physics, build(noise, what="noise", allow_import=allow_import), mask, str(spec.get("name", "data"))
     )

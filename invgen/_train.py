@@ -31,6 +31,9 @@ def train(
     words = list(words)
     path = take(words, "--config")
     config = load_yaml(path) if path is not None else {}
+    for name in ("training", "prior", "grid"):
+        if config.get(name) is not None and not isinstance(config[name], dict):
+            raise ConfigError(f"{name} must be a mapping of settings, got {config[name]!r}.")
     unknown = [k for k in config if k not in _TOP]
     if unknown:
         raise ConfigError(f"The configuration has the unknown key {unknown[0]!r}; known are {', '.join(_TOP)}.")
@@ -51,7 +54,7 @@ def train(
     if isinstance(config.get("data"), str):
         plain["data"] = config["data"]
     options = parse(parser, (["--defaults_from_file", json.dumps(plain)] if plain else []) + words)
-    out = check_output(options.out)
+    out = check_output(options.out, ".safetensors")
     if options.training.checkpoint:
         check_output(options.training.checkpoint)
     training = Training(**{**options.training.as_dict(), "seed": options.seed, "device": check_device(options.device)})
@@ -59,13 +62,19 @@ def train(
         raise ConfigError(
             f"Training needs steps >= 1 and batch_size >= 1, got {training.steps} and {training.batch_size}."
         )
+    if not training.learning_rate > 0:
+        raise ConfigError(f"The learning_rate must be positive, got {training.learning_rate}.")
     settings = config.get("prior") or {}
     wrong = [k for k in settings if k not in _PRIOR]
     if wrong:
         raise ConfigError(f"The prior has no setting {wrong[0]!r} to train with; known are {', '.join(_PRIOR)}.")
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in settings.values()):
+        raise ConfigError(f"The settings of the prior are numbers, got {settings}.")
     data = options.data if options.data is not None else config.get("data")
     if data is None:
         raise ConfigError("train needs --data FILE.npy or --data geology (or data: in the configuration).")
+    if not isinstance(data, (str, dict)):
+        raise ConfigError(f"data is the name of a .npy file, the word geology or a GeologyCrops, got {data!r}.")
     torch.manual_seed(options.seed)
     network = config.get("network")
     if data == "geology" or isinstance(data, dict):
@@ -74,6 +83,7 @@ def train(
         prior, examples, held, told = _on_array(
             data, network, settings, config.get("grid"), options.validation, options.seed
         )
+    _try(prior)
     report = training.fit(prior, examples, validation=held, progress=options.progress)
     card = {
         "data": told,
@@ -102,6 +112,17 @@ def _network(spec: Any, fallback: str, **fixed: Any) -> Any:
     if taken:
         raise ConfigError(f"The network's {taken[0]} follows from the data; leave it out.")
     return build({"class_path": name, "init_args": {**arguments, **fixed}}, what="network")
+
+
+def _try(prior: Any) -> None:
+    """One denoising of zeros: a network of the wrong kind is found now, and said in our words."""
+    try:
+        with torch.no_grad():
+            prior.denoise(torch.zeros(1, *prior.shape), torch.ones(1))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"The network {type(prior.network).__name__} cannot denoise examples of the shape {tuple(prior.shape)}; fields need a UNet, vectors an MLPDenoiser."
+        ) from error
 
 
 def _on_geology(
@@ -153,7 +174,10 @@ def _on_array(
     from invgen.grid import Grid
     from invgen.transforms import Affine
 
-    array = torch.from_numpy(read_array(file)).float()
+    array = torch.from_numpy(read_array(file))
+    if array.is_complex():
+        raise ConfigError(f"{file} holds complex numbers; give their real and imaginary parts as two channels.")
+    array = array.float()
     if array.ndim < 2 or array.shape[0] < 2:
         raise ConfigError(
             f"{file} must hold examples first: (examples, channels, rows, columns) or (examples, dim), got {tuple(array.shape)}."
@@ -161,6 +185,10 @@ def _on_array(
     if array.ndim == 3:
         raise ConfigError(
             f"{file} has the shape {tuple(array.shape)}; fields carry a channel axis, (examples, channels, rows, columns), one channel included."
+        )
+    if array.ndim > 4 or 0 in array.shape:
+        raise ConfigError(
+            f"{file} has the shape {tuple(array.shape)}; networks of invgen learn (examples, channels, rows, columns) or (examples, dim)."
         )
     if not bool(torch.isfinite(array).all()):
         raise ConfigError(
@@ -171,6 +199,10 @@ def _on_array(
     order = torch.randperm(len(array), generator=torch.Generator().manual_seed(seed))
     count = int(share * len(array))
     held, kept = array[order[:count]], array[order[count:]]
+    if len(kept) < 2:
+        raise ConfigError(
+            f"{len(array)} examples with validation={share} leave {len(kept)} to learn from; hold out fewer."
+        )
     mean, sd = float(kept.mean()), float(kept.std())
     if not sd > 0:
         raise ConfigError(f"All values in {file} are equal; there is nothing to learn.")

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(words[1:])
     except KeyboardInterrupt:
         raise _Exit("interrupted before anything was finished.", 130) from None
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         if os.environ.get("INVGEN_DEBUG"):
             raise
         raise _Exit(str(error) or type(error).__name__) from None
@@ -90,14 +90,16 @@ def _parse(parser: Any, words: list[str]) -> Any:
     try:
         return parser.parse_args(words)
     except ArgumentError as error:
-        raise _Exit(str(error)) from None
+        from invgen._config import sentence
+
+        raise _Exit(sentence(error)) from None
 
 
 def _check_device(name: str) -> str:
     import torch
 
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()  # "meta" keeps no numbers
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"The device {name!r} cannot be used here ({' '.join(str(error).split())[:120]}); use cpu."
@@ -136,6 +138,8 @@ def _prior(spec: Any, shape: Sequence[int] | None, allow_import: bool) -> Any:
         )
     else:
         prior = build(spec, what="prior", allow_import=allow_import)
+    if not (hasattr(prior, "sample") and hasattr(prior, "shape")):
+        raise ValueError(f"{type(prior).__name__} is not a prior; see `invgen priors`.")
     if shape is not None:
         if not hasattr(prior, "at"):
             raise ValueError(f"{type(prior).__name__} cannot be moved to another shape; leave the shape out.")
@@ -154,6 +158,9 @@ def _demo(words: list[str]) -> None:
     options = _parse(parser, words)
     from invgen._config import check_output
     from invgen.demo import run_demo
+
+    if options.num_samples < 2:
+        raise ValueError(f"The demo shows a spread and needs --num_samples of at least 2, got {options.num_samples}.")
 
     check_output(Path(options.out) / "report.html")
     path = run_demo(
@@ -183,7 +190,7 @@ def _sample(words: list[str]) -> None:
 
     if options.n < 1 or (options.steps is not None and options.steps < 1):
         raise ValueError(f"--n and --steps must be at least 1, got {options.n} and {options.steps}.")
-    out = check_output(options.out)
+    out = check_output(options.out, ".npy")
     prior = _prior(options.prior, options.shape, False)
     if hasattr(prior, "to"):
         prior = prior.to(_check_device(options.device))
@@ -199,18 +206,32 @@ def _invert(words: list[str]) -> None:
     options, specs, allow_import = invert_options(words, _parser, _parse, _take)
     from invgen._config import check_output
 
-    out = check_output(options.out)
-    if out.suffix not in (".nc", ".html"):
-        raise ValueError(f"The result is written as .nc (posterior) or .html (report), got the name {out.name}.")
+    out = check_output(options.out, ".nc", ".html")
+    # now, not after hours of sampling
+    if options.report is not None:
+        check_output(options.report, ".html")
+    if options.checkpoint is not None:
+        check_output(options.checkpoint)
+    device = _check_device(options.device)
     problem, solver = invert_problem(specs, options, allow_import, _prior)
-    posterior: Posterior = solver.solve(
-        problem,
-        options.num_samples,
-        seed=options.seed,
-        device=_check_device(options.device),
-        progress=options.progress,
-        checkpoint=options.checkpoint,
-    )
+    for part in (problem.prior, *(t.operator for t in problem.terms)):  # the driver moves data and states only
+        if hasattr(part, "to"):
+            part.to(device)
+    try:
+        posterior: Posterior = solver.solve(
+            problem,
+            options.num_samples,
+            seed=options.seed,
+            device=device,
+            progress=options.progress,
+            checkpoint=options.checkpoint,
+        )
+    except KeyboardInterrupt:
+        if options.checkpoint is not None and Path(options.checkpoint).is_file():
+            raise _Exit(
+                f"interrupted; give the same command again to continue from {options.checkpoint}.", 130
+            ) from None
+        raise
     path = posterior.save(out) if out.suffix == ".nc" else posterior.report(out)
     print(f"Wrote {path}: {posterior}.")
     if options.report is not None:
@@ -235,7 +256,7 @@ def _report(words: list[str]) -> None:
     from invgen.data.io import read_array
     from invgen.posterior import Posterior
 
-    out = check_output(options.out)
+    out = check_output(options.out, ".html")
     posterior = Posterior.load(options.posterior)
     truth = None if options.truth is None else torch.from_numpy(read_array(options.truth))
     print(f"Wrote {posterior.report(out, truth=truth, title=options.title, observation=options.observation)}.")

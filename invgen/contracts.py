@@ -327,6 +327,11 @@ class HasGaussian(Protocol):
     mean_u: Tensor  # (*shape)
     covariance_u: Covariance
 
+    # moments alone make no Gaussian (a mixture has them too): what tells them apart is the law under noise
+    def posterior_covariance_apply(self, v: Tensor, sigma: Tensor | float) -> Tensor:
+        """Cov[u0 | u0 + sigma n = u] v = sigma² C (C + sigma²)⁻¹ v, the same for every u."""
+        ...
+
 
 @runtime_checkable
 class HasMixture(Protocol):

@@ -79,10 +79,11 @@ def run_demo(
     import numpy as np
 
     from invgen.data.io import write_array
-    from invgen.solvers.split import PnPDM
+    from invgen.solvers.diffusion import GuidedDiffusion
+    from invgen.solvers.guidance import MMPS
 
     problem, truth = demo_problem(prior)
-    solver = solver or PnPDM()
+    solver = solver or GuidedDiffusion(MMPS(iterations=6, rtol=0), "heun", steps=24)
     if hasattr(problem.prior, "to"):
         problem.prior.to(device)
     posterior = solver.solve(problem, num_samples, seed=seed, device=device, progress=progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from invgen._interrupt import Stop
 from invgen.checkpoints import read_checkpoint, write_checkpoint
 from invgen.streams import Streams
 
@@ -65,8 +67,8 @@ def run(
             pools them.
         device, dtype: of the state; the operator and the prior must already be on that device.
         progress: show a bar on the terminal.
-        checkpoint: file that finished chunks and, every `save_seconds`, the running state go to; a run with the same
-            settings continues from it.
+        checkpoint: file that finished chunks and, every `save_seconds` and on Ctrl-C, the running state go to; a run
+            with the same settings continues from it.
         callbacks: called after each step with (step, state).
 
     Returns:
@@ -81,16 +83,16 @@ def run(
 
     from invgen.posterior import Posterior, versions
 
-    if int(num_samples) != num_samples or num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples}.")
+    if isinstance(num_samples, bool) or not hasattr(num_samples, "__index__") or num_samples < 1:
+        raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}.")
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0:
         raise ValueError(f"A seed must be a non-negative integer, got {seed!r}.")
-    if chunk is not None and (int(chunk) != chunk or chunk < 1):
-        raise ValueError(f"chunk must be a positive integer or None, got {chunk}.")
-    if not dtype.is_floating_point:
-        raise ValueError(f"The state needs a real floating dtype, got {dtype}.")
+    if chunk is not None and (not hasattr(chunk, "__index__") or chunk < 1):
+        raise ValueError(f"chunk must be a positive integer or None, got {chunk!r}.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"The state needs a real floating dtype such as torch.float32, got {dtype!r}.")
     solver.check(problem)
-    place = torch.device(device or "cpu")
+    place = _place(device)
     items = [(o, s) for o in range(problem.n_obs) for s in range(num_samples)]
     size = chunk or default_chunk(problem.model_shape, place)
     size = -(-len(items) // -(-len(items) // size))  # equal chunks rather than a small last one
@@ -186,6 +188,18 @@ def run(
     )
 
 
+def _place(device: torch.device | str | None) -> torch.device:
+    """The device, once it is known that numbers can be kept there."""
+    try:
+        place = torch.device(device or "cpu")
+        torch.empty(1, device=place).item()
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"The device {str(device)!r} cannot be used here ({' '.join(str(error).split())[:120]}); use cpu."
+        ) from error
+    return place
+
+
 def _chunk(
     solver: Solver,
     problem: InverseProblem,
@@ -211,18 +225,21 @@ def _chunk(
         rng.restore(counters)
     tick()
     saved = time.perf_counter()
-    for step in range(first, steps):
-        bad = state.pop("first_bad_step")
-        state = dict(solver.step(mine, state, rng))
-        state["first_bad_step"] = _watch(state, bad, step)
-        tick()
-        if step % 64 == 63 and bool((state["first_bad_step"] < _NEVER).all()):
-            break  # nothing left to compute
-        for callback in callbacks:
-            callback(step, state)
-        if store.path is not None and time.perf_counter() - saved > save_seconds:
-            store.pause(part, state, step + 1, rng.counters)
-            saved = time.perf_counter()
+    with Stop(active=store.path is not None) as stop:
+        for step in range(first, steps):
+            bad = state.pop("first_bad_step")
+            state = dict(solver.step(mine, state, rng))
+            state["first_bad_step"] = _watch(state, bad, step)
+            tick()
+            if step % 64 == 63 and bool((state["first_bad_step"] < _NEVER).all()):
+                break  # nothing left to compute
+            for callback in callbacks:
+                callback(step, state)
+            if store.path is not None and (stop.asked or time.perf_counter() - saved > save_seconds):
+                store.pause(part, state, step + 1, rng.counters)
+                saved = time.perf_counter()
+            if stop.asked:
+                raise KeyboardInterrupt
     bad = state.pop("first_bad_step")
     result = dict(solver.finish(mine, state))
     bad = _watch(result, bad, steps)
@@ -260,8 +277,11 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+_COUNTERS = ("adjoint_count", "evaluations", "forward_count", "training")  # change while nothing else does
+
+
 def _fingerprint(problem: InverseProblem) -> str:
-    """SHA-256 over data, masks, physics and noise: a checkpoint continues the problem it was made for."""
+    """SHA-256 over data, masks, physics, noise and priors: a checkpoint continues the problem it was made for."""
     digest = hashlib.sha256()
 
     def add(value: Any, depth: int = 0) -> None:
@@ -276,9 +296,12 @@ def _fingerprint(problem: InverseProblem) -> str:
                 add(part, depth + 1)
         else:
             digest.update(type(value).__name__.encode())
-            if depth < 4:  # noise models and covariances; underscored attributes are caches, except the covariance
+            if isinstance(value, torch.nn.Module):
+                for name, tensor in itertools.chain(value.named_parameters(), value.named_buffers()):
+                    add((name, tensor), depth + 1)
+            if depth < 4:  # noises, covariances, priors; underscored attributes are caches, except the covariance
                 for name, part in sorted(getattr(value, "__dict__", {}).items()):
-                    if not name.startswith("_") or name == "_covariance":
+                    if (not name.startswith("_") and name not in _COUNTERS) or name == "_covariance":
                         digest.update(name.encode())
                         add(part, depth + 1)
 
@@ -287,7 +310,8 @@ def _fingerprint(problem: InverseProblem) -> str:
         for name, tensor in term.operator.state_dict().items():
             add((name, tensor))
         add(term.noise)
-    add((type(problem.prior).__name__, problem.model_shape, sorted(problem.nuisance)))
+    add(problem.prior)
+    add((problem.model_shape, sorted(problem.nuisance), [problem.nuisance[k] for k in sorted(problem.nuisance)]))
     return digest.hexdigest()
 
 

@@ -44,11 +44,9 @@ class GaussianField(Distribution):
     @property
     def variance(self) -> Tensor:
         d = self.covariance.diagonal().to(self.mean_field.real)
-        return (
-            d.reshape(d.shape + (1,) * (self.mean_field.ndim - d.ndim)).expand(self.mean_field.shape)
-            if d.ndim <= 1
-            else d.expand(self.mean_field.shape)
-        )
+        if isinstance(self.covariance, Scalar):  # a number, or one an item
+            d = d.reshape(d.shape + (1,) * (self.mean_field.ndim - d.ndim))
+        return d.expand(self.mean_field.shape)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         white_shape = (*self.mean_field.shape[:1], *self.covariance.noise_shape)

@@ -24,12 +24,45 @@ class LinearGaussian(NamedTuple):
     """d = A x + N(0, R), all terms together.
 
     Attributes:
-        operator: A. data: `(batch, *data_shape)`, offsets of affine operators moved into it. R: covariance.
+        operator: A, between real models and the data: its adjoint is Re(Aᴴ d) for complex data.
+        data: `(batch, *data_shape)`, offsets of affine operators moved into it.
+        R: covariance of the data, per complex datum.
     """
 
     operator: LinearOperator
     data: Tensor
     R: Covariance
+
+    @property
+    def R_update(self) -> Covariance:
+        """The R of updates like (R + A C Aᴴ)⁻¹: R/2 for complex data, whose two parts have half the variance each."""
+        return self.R.scaled(0.5) if self.data.is_complex() else self.R
+
+
+class _RealModel(LinearOperator):
+    """A complex operator on real models: the adjoint under Re⟨u, v⟩ is Re(Aᴴ d), and solves are conjugate gradients."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(operator.model_shape, operator.data_shape, model_grid=operator.model_grid)
+        self.operator = operator
+        self.derivative_order, self.vmappable = operator.derivative_order, operator.vmappable  # type: ignore[misc]
+
+    def forward(self, x: Tensor, **theta: Tensor) -> Tensor:
+        return self.operator(x, **theta)
+
+    def adjoint(self, d: Tensor) -> Tensor:
+        return self.operator.adjoint(d).real
+
+
+def _native(value: Any, what: str) -> Any:
+    """NumPy arrays in the byte order and layout torch reads: SEG-Y and FITS are big-endian, flipped views run backwards."""
+    if isinstance(value, np.ma.MaskedArray):  # its mask would be dropped without a word
+        raise TypeError(
+            f"{what} are a NumPy masked array, whose mask is True where nothing was measured; give data.filled(0) and the inverted mask."
+        )
+    return (
+        value.astype(value.dtype.newbyteorder("="), order="C", copy=False) if isinstance(value, np.ndarray) else value
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +93,9 @@ class Term:
                 f"The noise of term {self.name!r} is {self.noise!r}; give a noise model such as GaussianNoise(sigma)."
             )
         shape = self.operator.data_shape
+        given = _native(self.data, f"The data of term {self.name!r}")
         try:
-            data = torch.as_tensor(self.data)
+            data = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"The data of term {self.name!r} are a {type(self.data).__name__} that does not convert to numbers; give a tensor or a NumPy array."
@@ -72,10 +106,10 @@ class Term:
             data = data[None]
         if data.ndim != len(shape) + 1 or tuple(data.shape[1:]) != shape or data.shape[0] == 0:
             raise ValueError(
-                f"The data of term {self.name!r} have the shape {tuple(torch.as_tensor(self.data).shape)} but {type(self.operator).__name__} predicts {shape}; give that shape or (n_obs, *that shape)."
+                f"The data of term {self.name!r} have the shape {tuple(data.shape)} but {type(self.operator).__name__} predicts {shape}; give that shape or (n_obs, *that shape)."
             )
         if self.mask is not None:
-            mask = torch.as_tensor(self.mask)
+            mask = torch.as_tensor(_native(self.mask, f"The mask of term {self.name!r}"))
             if mask.dtype != torch.bool or tuple(mask.shape) != shape:
                 raise ValueError(
                     f"The mask of term {self.name!r} must be boolean with the shape {shape}, got {mask.dtype} {tuple(mask.shape)}."
@@ -90,6 +124,10 @@ class Term:
                 f"The data of term {self.name!r} hold {bad} NaN or infinite values; pass mask= (True where measured) to leave them out."
             )
         object.__setattr__(self, "data", data)
+
+    def __repr__(self) -> str:
+        measured = "" if self.mask is None else f", {int(self.mask.sum())} of {self.mask.numel()} measured"
+        return f"Term({self.name!r}: data {tuple(self.data.shape)}{measured}, {type(self.operator).__name__}, {type(self.noise).__name__})"
 
     @property
     def n_obs(self) -> int:
@@ -171,14 +209,22 @@ class InverseProblem:
                 f"the operator of term {term.name!r}",
             )
             if tuple(term.operator.model_shape) != tuple(prior.shape):
+                advice = "use prior.at(shape) or another operator"
+                if tuple(prior.shape) == (1, *term.operator.model_shape):  # the usual stumble with PyLops
+                    advice = f"fields carry a channel axis: give the operator the model shape {tuple(prior.shape)}, e.g. from_pylops(op, {tuple(prior.shape)})"
                 raise ValueError(
-                    f"The operator of term {term.name!r} acts on models {term.operator.model_shape} but the prior has {tuple(prior.shape)}; use prior.at(shape) or another operator."
+                    f"The operator of term {term.name!r} acts on models {term.operator.model_shape} but the prior has {tuple(prior.shape)}; {advice}."
                 )
         counts = {t.n_obs for t in self.terms}
         if len(counts - {1}) > 1:
             raise ValueError(
                 f"The terms hold different numbers of observations ({sorted(counts)}); give each term the same number, or one."
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"InverseProblem({', '.join(map(repr, self.terms))}, prior {type(self.prior).__name__} {self.model_shape})"
+        )
 
     @property
     def n_obs(self) -> int:
@@ -270,8 +316,12 @@ class InverseProblem:
     def linear_gaussian(self, coordinates: str = "x", **theta: Tensor) -> LinearGaussian:
         """All terms as one linear-Gaussian system, in x or in the prior's coordinates u (affine transforms only).
 
+        Args:
+            coordinates: "x" or "u". theta: nuisance parameters of the noise, `(batch,)` each.
+
         Raises:
-            TypeError: a non-linear operator, a non-affine transform or non-Gaussian noise.
+            TypeError: a non-linear operator, a non-affine transform or non-Gaussian noise, nuisance parameters of an
+                operator, real terms beside complex ones.
         """
         if theta:
             return self._assemble(coordinates, theta)
@@ -286,21 +336,25 @@ class InverseProblem:
         covariances: list[Covariance] = []
         for term in seen:
             linear, offset = _affine_parts(term.operator)
-            depends = [name for name in self.nuisance if name in getattr(term.operator, "theta_names", ())]
+            depends = [n for n in {**self.nuisance, **theta} if n in getattr(term.operator, "theta_names", ())]
             if depends:
                 raise TypeError(
-                    f"The operator of term {term.name!r} depends on the unknowns {depends}, so the problem is not linear; use a solver that takes non-linear problems."
+                    f"The operator of term {term.name!r} depends on the nuisance parameters {depends}, so there is no one linear system; fix them inside the operator, or use a solver that takes non-linear problems."
                 )
             if linear is None or not isinstance(term.noise, GaussianNoise):
                 raise TypeError(
                     f"Term {term.name!r} is not linear with Gaussian noise ({type(term.operator).__name__}, "
                     f"{type(term.noise).__name__}); use a solver that takes non-linear problems."
                 )
-            parts.append(linear)
+            parts.append(_RealModel(linear) if term.data.is_complex() else linear)
             data.append(term.data - offset.to(term.data) if isinstance(offset, Tensor) else term.data)
             covariances.append(term.noise.covariance(linear.data_shape, **theta))
         if len(parts) == 1:
             return LinearGaussian(parts[0], data[0], covariances[0])
+        if len({d.is_complex() for d in data}) > 1:
+            raise TypeError(
+                "Real and complex terms have no common Gaussian convention; state each complex term as its real and imaginary parts, with half the variance each."
+            )
         n = max(d.shape[0] for d in data)
         flat = torch.cat([d.flatten(1).expand(n, -1) for d in data], dim=1)
         # the stack holds decompositions that every chunk of a run shares

@@ -10,9 +10,10 @@ import torch
 from invgen.contracts import HasDenoiser, HasDensity, HasLatent, Operator, Solver, check_batch, require
 from invgen.grid import Grid
 from invgen.noise import GaussianNoise
-from invgen.operators import MatrixOperator
+from invgen.operators import Identity, MatrixOperator, from_pylops
 from invgen.priors import GaussianPrior
 from invgen.problem import InverseProblem, Term
+from invgen.solvers import ExactGaussian
 
 A = MatrixOperator(torch.arange(12.0).reshape(3, 4))
 PRIOR = GaussianPrior(torch.zeros(4), 1.0)
@@ -35,7 +36,34 @@ class Bare:
         return torch.zeros(n, 4)
 
 
+def exact(**settings):
+    return ExactGaussian().solve(
+        InverseProblem(torch.zeros(3), A, NOISE, PRIOR), settings.pop("num_samples", 1), **settings
+    )
+
+
 CASES = {
+    "data-masked-array": (
+        TypeError,
+        "masked array",
+        lambda: InverseProblem(np.ma.masked_invalid(NAN.numpy()), A, NOISE, PRIOR),
+    ),
+    "channel-axis": (
+        ValueError,
+        r"from_pylops\(op, \(1, 2, 2\)\)",
+        lambda: InverseProblem(torch.zeros(2, 2), Identity((2, 2)), NOISE, GaussianPrior(torch.zeros(1, 2, 2), 1.0)),
+    ),
+    "not-pylops": (TypeError, "MatrixOperator", lambda: from_pylops(np.eye(3))),
+    "examples-equal": (ValueError, "all equal", lambda: GaussianPrior.fit(np.ones((5, 3)))),
+    "examples-masked": (ValueError, "MaskedArray", lambda: GaussianPrior.fit(np.ma.ones((5, 3)))),
+    "num-samples-text": (ValueError, "positive integer", lambda: exact(num_samples="3")),
+    "num-samples-none": (ValueError, "positive integer", lambda: exact(num_samples=None)),
+    "num-samples-truth": (ValueError, "positive integer", lambda: exact(num_samples=True)),
+    "chunk-text": (ValueError, "positive integer or None", lambda: exact(chunk="a")),
+    "dtype-text": (ValueError, "torch.float32", lambda: exact(dtype="float64")),
+    "device-unknown": (ValueError, "'abacus' cannot be used", lambda: exact(device="abacus")),
+    "device-meta": (ValueError, "'meta' cannot be used", lambda: exact(device="meta")),
+    "report-suffix": (ValueError, "end it in .html", lambda: exact().report("r.pdf")),
     "data-shape": (
         ValueError,
         r"shape \(4,\) but MatrixOperator predicts \(3,\)",
@@ -133,6 +161,23 @@ def test_one_sentence(name):
     message = str(caught.value)
     assert message.endswith((".", ")"))
     assert "\n" not in message
+
+
+def test_arrays_of_other_byte_orders_and_layouts_are_read():
+    d = np.arange(3.0)
+    for other in (d.astype(">f8"), d[::-1].copy()[::-1], d.astype(">i2")):
+        problem = InverseProblem(other, A, NOISE, PRIOR, mask=MASK.numpy()[::-1])
+        assert problem.terms[0].data.tolist() == [[0.0, 1.0 * MASK[1], 2.0]]
+    examples = np.random.default_rng(0).standard_normal((20, 3))
+    assert torch.equal(
+        GaussianPrior.fit(examples.astype(">f8")).mean_u, GaussianPrior.fit(torch.tensor(examples)).mean_u
+    )
+
+
+def test_problems_print_shapes_not_numbers():
+    text = repr(InverseProblem(torch.zeros(3), A, NOISE, PRIOR, mask=MASK))
+    assert "data (1, 3), 2 of 3 measured" in text
+    assert "tensor(" not in text
 
 
 def test_a_capability_that_is_there_is_accepted():

@@ -30,6 +30,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = np.random.default_rng(0)
     np.save("d.npy", rng.standard_normal((1, 16, 16)).astype(np.float32))
     np.save("w.npy", np.array([-0.2, 1.0, -0.2]))
+    np.save("x.npy", rng.standard_normal((6, 1, 8, 8)))
+    np.save("xc.npy", rng.standard_normal((6, 1, 8, 8)) + 0j)
+    np.save("x5.npy", rng.standard_normal((6, 1, 4, 4, 4)))
     return tmp_path
 
 
@@ -204,7 +207,10 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         (("conjure",), "no command 'conjure'"),
         ((*INVERT, "--solver", "PnPDN", "--prior", "P"), "did you mean PnPDM"),
         ((*INVERT, *SOLVE, "--solver.spam", "1", "--prior", "P"), "no argument 'spam'"),
-        ((*INVERT, *SOLVE, "--solver.hold", "soon", "--prior", "P"), "Expected a <class 'int'>"),
+        (
+            (*INVERT, *SOLVE, "--solver.hold", "soon", "--prior", "P"),
+            "solver.hold cannot be 'soon': a value of type int",
+        ),
         ((*INVERT, *SOLVE, "--spam", "1", "--prior", "P"), "spam"),
         ((*INVERT, "--solver", "os.system", "--prior", "P"), "outside invgen"),
         ((*INVERT, "--solver", "subprocess.Popen", "--prior", "P"), "outside invgen"),
@@ -230,7 +236,7 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         ((*INVERT, *SOLVE, "--prior", "P", "--num_samples", "0"), "at least 1"),
         ((*INVERT, *SOLVE, "--prior", "P", "--seed", "-1"), "seed"),
         ((*INVERT, *SOLVE, "--prior", "P", "--out", "d.npy/p.nc"), "Cannot write"),
-        ((*INVERT, *SOLVE, "--prior", "P", "--out", "p.txt"), ".nc (posterior) or .html"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--out", "p.txt"), "written as .nc or .html"),
         ((*INVERT, *SOLVE, "--prior", "P", "--device", "abacus"), "abacus"),
         ((*INVERT, *SOLVE, "--prior", "P", "--noise", "-1"), "must be positive"),
         (("invert", "--data", "d.npy", *SOLVE, "--prior", "P"), "needs operator"),
@@ -242,6 +248,27 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         (("train",), "--data"),
         (("train", "--data", "d.npy", "--training.spam", "1"), "spam"),
         (("demo", "--out", "d.npy"), "Cannot write"),
+        (("demo", "--num_samples", "1"), "at least 2"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--report", "r.pdf"), "written as .html"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--report", "d.npy/r.html"), "a folder in it is a file"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--checkpoint", "d.npy/c"), "a folder in it is a file"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--device", "meta"), "cannot be used here"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--seed", "soon"), "must be a whole number from 0, got 'soon'"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--mask", "d.npy"), "other values than 0 and 1"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--prior_shape", "16"), "prior_shape cannot be '16'"),
+        ((*INVERT, *SOLVE, "--prior", "P", "--solver.iterations", "null"), "solver.iterations needs a value"),
+        (("sample", "--prior", "P", "--out", "s.txt"), "written as .npy"),
+        (("sample", "--prior", "MAP"), "MAP is not a prior"),
+        (("report", "gone.nc", "--out", "r.pdf"), "written as .html"),
+        (("train", "--data", "x.npy", "--out", "p.pdf"), "written as .safetensors"),
+        (("train", "--data", "x.npy", "--training.learning_rate", "0"), "learning_rate must be positive"),
+        (("train", "--data", "x.npy", "--validation", "0.99"), "leave 1 to learn from"),
+        (("train", "--data", "xc.npy"), "complex numbers"),
+        (("train", "--data", "x5.npy"), "(6, 1, 4, 4, 4)"),
+        (
+            ("train", "--data", "x.npy", "--training.learning_rate", "1e30", "--training.steps", "2"),
+            "training loss is nan",
+        ),
     ],
 )
 def test_bad_words(
@@ -274,6 +301,7 @@ def test_bad_words(
         ("noise: {class_path: GaussianNoise, init_args: {sigma: gone.npy}}", "no file gone.npy"),
         ("prior: {class_path: torch.nn.Linear}", "outside invgen"),
         ("num_samples: many", "num_samples"),
+        ("operator: []", "list of operators is empty"),
     ],
 )
 def test_bad_configurations(
@@ -288,6 +316,38 @@ def test_bad_configurations(
     words += [] if given == "solver" else list(SOLVE[:-2])
     words += [] if given == "prior" else ["--prior", prior_file]
     assert says in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("training: {steps: !!python/object/apply:os.system [ls]}", "without tags"),
+        ("training: 5", "training must be a mapping"),
+        ("training: {spam: 1}", "spam"),
+        ("prior: geology", "prior must be a mapping"),
+        ("prior: {sigma_max: abc}", "settings of the prior are numbers"),
+        ("grid: 5", "grid must be a mapping"),
+        ("grid: {shape: [9, 9], spacing: [1, 1]}", "(1, 9, 9)"),
+        ("data: 7", "name of a .npy file"),
+        ("data: {class_path: GeologyCrops, init_args: {sections: 0}}", "sections >= 1"),
+        ("network: {class_path: os.system}", "outside invgen"),
+        ("network: MLPDenoiser", "cannot denoise examples of the shape (1, 8, 8)"),
+        ("network: {class_path: UNet, init_args: {widths: []}}", "at least one width"),
+        ("network: {class_path: UNet, init_args: {widths: [0]}}", "at least one width"),
+    ],
+)
+def test_bad_training_configurations(capsys: pytest.CaptureFixture[str], here: Path, text: str, says: str) -> None:
+    Path("t.yaml").write_text(text + "\n" + ("" if text.startswith("data") else "data: x.npy\n"))
+    assert says in refused(capsys, "train", "--config", "t.yaml", "--no-progress")
+
+
+def test_big_endian_data_and_noise_in_a_file(capsys: pytest.CaptureFixture[str], here: Path, prior_file: Path) -> None:
+    words = [*INVERT, *SOLVE, "--prior", prior_file, "--out"]
+    ok(capsys, *words, "native.nc")
+    np.save("d.npy", np.load("d.npy").astype(">f4"))
+    np.save("sigma.npy", np.full((1, 16, 16), 0.1))
+    ok(capsys, *words, "big.nc", "--noise", "sigma.npy")
+    np.testing.assert_allclose(Posterior.load("big.nc").samples, Posterior.load("native.nc").samples, atol=1e-4)
 
 
 def test_allow_import(

@@ -1,4 +1,5 @@
 import dataclasses
+import signal
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
+from invgen.checkpoints import read_checkpoint
 from invgen.contracts import LinearOperator, Solver
 from invgen.driver import DivergenceError, Streams, default_chunk, run
 from invgen.noise import GaussianNoise
@@ -28,6 +30,9 @@ class Same(LinearOperator):
 
 class Box:
     shape, grid, transform = (3,), None, Identity()
+
+    def __init__(self, width=1.0):
+        self.width, self.evaluations = width, 0
 
     def sample(self, n, *, seed=0):
         return torch.zeros(n, 3)
@@ -67,7 +72,10 @@ class Walk(Solver):
 def problem(n_obs=1, **changes):
     data = torch.arange(3.0 * n_obs).reshape(n_obs, 3)
     return InverseProblem(
-        changes.get("data", data), changes.get("operator", Same()), changes.get("noise", GaussianNoise(0.1)), Box()
+        changes.get("data", data),
+        changes.get("operator", Same()),
+        changes.get("noise", GaussianNoise(0.1)),
+        changes.get("prior", Box()),
     )
 
 
@@ -242,6 +250,7 @@ def test_resume_with_another_chunk(tmp_path):
         lambda f: run(Walk(), problem(2, data=torch.ones(2, 3)), 4, seed=3, checkpoint=f),
         lambda f: run(Walk(), problem(2, noise=GaussianNoise(0.2)), 4, seed=3, checkpoint=f),
         lambda f: run(Walk(), problem(2, operator=Same(factor=2.0)), 4, seed=3, checkpoint=f),
+        lambda f: run(Walk(), problem(2, prior=Box(2.0)), 4, seed=3, checkpoint=f),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path, other):
@@ -271,6 +280,27 @@ def test_ctrl_c_keeps_what_is_finished():
     assert torch.equal(few.samples, whole.samples[:1, :, :3])
     with pytest.raises(KeyboardInterrupt):
         run(Walk(), problem(), 4, callbacks=[Interrupt(3)])
+
+
+def test_ctrl_c_in_the_first_chunk_keeps_its_state_in_the_checkpoint(tmp_path):
+    file = tmp_path / "run"
+    whole = run(Walk(), problem(), 4, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            Walk(),
+            problem(),
+            4,
+            seed=3,
+            checkpoint=file,
+            callbacks=[lambda i, s: i == 3 and signal.raise_signal(signal.SIGINT)],
+        )
+    meta = read_checkpoint(file, "run")[1]
+    assert (meta["finished"], meta["step"]) == (0, 4)
+    seen = []
+    again = run(Walk(), problem(), 4, seed=3, checkpoint=file, callbacks=[lambda i, s: seen.append(i)])
+    assert seen[0] == 4
+    assert torch.equal(again.samples, whole.samples)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_out_of_memory_halves_the_chunk():

@@ -50,6 +50,14 @@ def test_gaussian_log_prob(noise, R):
     torch.testing.assert_close(variance.flatten(1), R.diagonal().expand(2, 12), rtol=1e-10, atol=1e-10)
 
 
+def test_variance_of_flat_data():
+    sd = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    for R in (Diagonal(sd.square()), Dense(torch.diag(sd.square()))):
+        for n in (2, 3):  # 3 items of 3 data: one variance a datum is not one an item
+            got = GaussianNoise(covariance=R)(torch.zeros(n, 3, dtype=torch.float64)).variance
+            torch.testing.assert_close(got, sd.square().expand(n, 3))
+
+
 def test_complex_gaussian_is_circular_with_variance_per_datum():
     z = torch.randn(2, 5, dtype=torch.complex128)
     got = GaussianNoise(0.8)(torch.zeros_like(z)).log_prob(z)

@@ -8,7 +8,7 @@ from invgen.contracts import LinearOperator, Operator
 from invgen.covariance import Dense, Diagonal
 from invgen.grid import Grid
 from invgen.noise import GaussianNoise, LaplaceNoise, PoissonNoise
-from invgen.operators import MatrixOperator
+from invgen.operators import MatrixOperator, PostStack
 from invgen.posterior import Posterior
 from invgen.priors import GaussianPrior
 from invgen.problem import InverseProblem, Term
@@ -229,6 +229,28 @@ def test_nuisance_of_the_operator():
     torch.testing.assert_close(problem.log_likelihood(x, gain=gain, sd=sd), want)
     with pytest.raises(TypeError):
         problem.linear_gaussian(gain=gain, sd=sd)
+
+
+def test_linear_gaussian_refuses_nuisance_parameters_of_an_operator():
+    section = PostStack(torch.tensor([0.5, 1.0, 0.5]), (1, 4, 2))
+    problem = InverseProblem(torch.zeros(1, 1, 4, 2, dtype=D), section, GaussianNoise(0.1), Flat((1, 4, 2)))
+    assert problem.linear_gaussian().operator is section
+    with pytest.raises(TypeError, match="wavelet_scale"):
+        problem.linear_gaussian(wavelet_scale=torch.tensor([2.0], dtype=D))
+
+
+def test_linear_gaussian_refuses_real_beside_complex_terms():
+    A, B = matrices(3, 2)
+    terms = [
+        Term(torch.zeros(3, dtype=D), A, GaussianNoise(1.0)),
+        Term(
+            torch.zeros(2, dtype=torch.complex128),
+            MatrixOperator(torch.complex(B.matrix, B.matrix)),
+            GaussianNoise(1.0),
+        ),
+    ]
+    with pytest.raises(TypeError, match="imaginary"):
+        InverseProblem(terms=terms, prior=Flat((4,))).linear_gaussian()
 
 
 def test_simulate_draws_the_joint_law():

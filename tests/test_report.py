@@ -15,9 +15,11 @@ from invgen.noise import GaussianNoise, LaplaceNoise
 from invgen.operators.imaging import Identity
 from invgen.operators.matrix import MatrixOperator
 from invgen.posterior import Posterior
+from invgen.priors import GaussianPrior
 from invgen.problem import InverseProblem, Term
 from invgen.report import write_report
 from invgen.report.fit import data_fit
+from invgen.solvers import MAP, TotalVariation
 
 GRID = Grid((8, 10), (4.0, 4.0), axes=("z", "x"), units=("m", "m"), channels=("log_impedance",), channel_units=("ln",))
 
@@ -139,6 +141,15 @@ def test_chi_squared_of_known_residuals() -> None:
     assert fit.chi2_mean == pytest.approx(0.5)
     assert fit.chi2_samples == pytest.approx([10.0, 8.0])
     assert torch.isnan(fit.residual[2])
+
+
+def test_a_solver_without_a_prior_says_so(tmp_path: Path) -> None:
+    problem = InverseProblem(
+        torch.zeros(1, 4, 4), Identity((1, 4, 4)), GaussianNoise(0.5), GaussianPrior(0.0, 1.0, shape=(1, 4, 4))
+    )
+    page = TotalVariation(iterations=2).solve(problem, 1).report(tmp_path / "tv.html").read_text()
+    assert "TotalVariation takes nothing but the shape" in page
+    assert "nothing but the shape" not in MAP(iterations=1).solve(problem, 1).report(tmp_path / "m.html").read_text()
 
 
 def test_several_observations(tmp_path: Path) -> None:

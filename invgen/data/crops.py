@@ -47,6 +47,10 @@ class GeologyCrops:
 
     def __post_init__(self) -> None:
         nz, nx = self.generator.shape
+        if self.sections < 1 or min(self.crop) < 1:
+            raise ValueError(
+                f"GeologyCrops needs sections >= 1 and crops of at least 1 × 1, got {self.sections} and {self.crop}."
+            )
         if self.crop[0] > nz or self.crop[1] > nx:
             raise ValueError(
                 f"Crops of {self.crop} do not fit sections of {self.generator.shape}; take smaller crops or larger sections."

@@ -51,7 +51,7 @@ def read_array(path: str | Path, key: str | None = None) -> np.ndarray:
         raise ValueError(f"{file} is not a complete array file ({error}); save it again with numpy.savez.") from error
     if array.dtype.kind not in "fiucb":
         raise ValueError(f"{file} holds values of type {array.dtype}, numbers are expected.")
-    return array
+    return array.astype(array.dtype.newbyteorder("="), order="C", copy=False)  # torch reads native numbers only
 
 
 def write_array(path: str | Path, array: np.ndarray) -> Path:

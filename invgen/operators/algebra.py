@@ -338,13 +338,18 @@ class Stack(_Derived):
         return total
 
     def solve(self, rhs: Tensor, R: Any, C: Any, **options: Any) -> Solved:
-        """(R + A C Aᴴ)⁻¹ rhs through the smaller model space, R⁻¹ − R⁻¹ A (Aᴴ R⁻¹ A + C⁻¹)⁻¹ Aᴴ R⁻¹, when blocks allow."""
+        """(R + A C Aᴴ)⁻¹ rhs through the smaller model space, R⁻¹ − R⁻¹ A (Aᴴ R⁻¹ A + C⁻¹)⁻¹ Aᴴ R⁻¹, when blocks allow.
+
+        That difference cancels: it is taken in float64 whatever rhs is, and its residual is that in model space.
+        """
         R, C = as_covariance(R, self.data_shape, batched=True), as_covariance(C, self.model_shape, batched=True)
         if self._blocks(R, C) is None:
             return super().solve(rhs, R, C, **options)
-        weighted = R.solve(rhs)
-        inner = self.solve_model(self.adjoint(weighted), R, C, **{k: v for k, v in options.items() if k != "start"})
-        return inner._replace(x=weighted - R.solve(self(inner.x)))
+        weighted = R.solve(rhs.to(torch.complex128 if rhs.is_complex() else torch.float64))
+        options = {k: v for k, v in options.items() if k != "start"}
+        inner = self.solve_model(self.adjoint(weighted), R, C, **options)
+        x = weighted - R.solve(self(inner.x))
+        return inner._replace(x=x.to(rhs.dtype), residual=inner.residual.to(rhs.real.dtype))
 
     def solve_model(self, rhs: Tensor, R: Any, C: Any, **options: Any) -> Solved:
         """(Aᴴ R⁻¹ A + C⁻¹)⁻¹ rhs; a stack of separable operators with scalar noise is solved by blocks."""

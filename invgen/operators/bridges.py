@@ -75,6 +75,10 @@ class PyLopsOperator(LinearOperator):
         model_shape: tuple[int, ...] | None = None,
         data_shape: tuple[int, ...] | None = None,
     ) -> None:
+        if not all(hasattr(op, name) for name in ("dims", "dimsd", "shape", "matvec")):
+            raise TypeError(
+                f"from_pylops takes a pylops.LinearOperator, got {type(op).__name__}; a matrix goes into MatrixOperator."
+            )
         model_shape = tuple(int(n) for n in (model_shape if model_shape is not None else op.dims))
         data_shape = tuple(int(n) for n in (data_shape if data_shape is not None else op.dimsd))
         if (math.prod(data_shape), math.prod(model_shape)) != tuple(op.shape):

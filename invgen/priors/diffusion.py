@@ -255,8 +255,8 @@ class DiffusionPrior(nn.Module):
         The mean of n entries is the largest mode of a field with long-range structure; its eigenvalue is n times the
         variance of that mean. A noise level that is enough at 64² loses part of the lowest mode at 800².
 
-        The samplers start from N(0, start_sigma²): a mode of variance λ loses the part λ/(2 start_sigma²) of its
-        standard deviation in `decode`, and the part √λ/start_sigma of its mean, so that T should centre u.
+        The samplers start from N(D(0, start_sigma), start_sigma²), around the prior's mean: a mode of variance λ loses
+        the part λ/(2 start_sigma²) of its standard deviation in `decode`.
         """
         return 7.0 * math.sqrt(max(math.prod(self.shape) * self.mean_variance_of_field, self.sigma_data**2))
 
@@ -293,7 +293,8 @@ class DiffusionPrior(nn.Module):
     @torch.no_grad()
     def _ancestral(self, rng: Any, steps: int, dtype: torch.dtype) -> Tensor:
         levels = sigma_schedule(self.sigma_min, self.start_sigma, steps)
-        u = levels[0] * rng.normal(self.shape, dtype=dtype)
+        xi = rng.normal(self.shape, dtype=dtype)
+        u = self._centre(xi, levels[0]) + levels[0] * xi
         for now, after in itertools.pairwise(levels):
             clean = self.denoise(u, now)
             keep = (after / now) ** 2
@@ -305,11 +306,11 @@ class DiffusionPrior(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """f(z), z ~ N(0, I): `latent_steps` Heun steps of the probability-flow ODE (EDM algorithm 1, no churn).
 
-        The law of f(z) approaches the prior as `latent_steps` grows; latent solvers target the law of this f.
+        The start is D(0, σ) + σ z with σ = `start_sigma`. The law of f(z) approaches the prior as `latent_steps` grows; latent solvers target the law of this f.
         """
         check_batch(z, self.latent_shape, f"The z given to {type(self).__name__}.decode")
         levels = sigma_schedule(self.sigma_min, self.start_sigma, self.latent_steps)
-        u = levels[0] * z
+        u = self._centre(z, levels[0]) + levels[0] * z
         for now, after in itertools.pairwise(levels):
             slope = (u - self.denoise(u, now)) / now
             ahead = u + (after - now) * slope
@@ -318,6 +319,11 @@ class DiffusionPrior(nn.Module):
                 ahead = u + (after - now) * slope
             u = ahead
         return self.transform(u)
+
+    def _centre(self, like: Tensor, sigma: float) -> Tensor:
+        """D(0, sigma) `(1, *shape)`, the prior's mean where the noise swamps everything: u_sigma is centred there."""
+        with torch.no_grad():
+            return self.denoise(torch.zeros_like(like[:1]), sigma)
 
     @property
     def _device(self) -> torch.device:

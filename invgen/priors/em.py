@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from invgen.grid import Grid
+from invgen.priors.fitting import as_examples
 from invgen.priors.mixture import GaussianMixturePrior
 from invgen.transforms import Transform
 
@@ -38,7 +40,7 @@ def _log_joint(u: Tensor, log_weights: Tensor, means: Tensor, values: Tensor, ve
 
 
 def fit_mixture(
-    data: Tensor,
+    data: Tensor | np.ndarray,
     components: int,
     *,
     seed: int = 0,
@@ -79,6 +81,7 @@ def fit_mixture(
 
     Reference: Dempster, Laird & Rubin 1977.
     """
+    data = as_examples(data)
     if not isinstance(data, Tensor) or data.ndim < 2 or not bool(torch.isfinite(data).all()):
         raise ValueError(
             "fit needs a tensor of finite examples (n, *shape); drop or fill the NaN and infinite values first."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,8 +51,15 @@ def _shrunk_variances(powers: Tensor, shrinkage: str | float | None, axes: tuple
     return (1 - intensity) * mean + intensity * average
 
 
+def as_examples(data: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """Numeric NumPy arrays as tensors, whatever their byte order; anything else as it is."""
+    if isinstance(data, np.ndarray) and data.dtype.kind in "fiub" and not isinstance(data, np.ma.MaskedArray):
+        return torch.from_numpy(data.astype(data.dtype.newbyteorder("="), order="C"))
+    return data
+
+
 def fit_gaussian(
-    data: Tensor,
+    data: Tensor | np.ndarray,
     *,
     structure: str = "dense",
     shrinkage: str | float | None = "ledoit-wolf",
@@ -83,9 +91,10 @@ def fit_gaussian(
     Raises:
         ValueError: fewer than two examples, non-finite values, unknown options, a singular covariance.
     """
+    data = as_examples(data)
     if not isinstance(data, Tensor) or data.ndim < 2 or data.shape[0] < 2:
         raise ValueError(
-            f"fit needs at least two examples as a tensor (n, *shape), got {tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__}."
+            f"fit needs at least two examples as a tensor or NumPy array (n, *shape), got {tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__}."
         )
     if not bool(torch.isfinite(data).all()):
         raise ValueError("fit needs finite examples; drop or fill the NaN and infinite values first.")
@@ -120,6 +129,10 @@ def fit_gaussian(
         try:
             covariance = Dense((matrix + matrix.mT) / 2, shape)
         except ValueError as error:
+            if not bool(flat.any()):
+                raise ValueError(
+                    f"The {n} examples are all equal, so there is no covariance to fit; give examples that differ."
+                ) from error
             raise ValueError(
                 f"The covariance of {n} examples with {flat.shape[1]} entries is singular; use shrinkage='ledoit-wolf' or another structure."
             ) from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,7 +166,7 @@ class GaussianPrior(ClosedForm):
     @classmethod
     def fit(
         cls,
-        data: Tensor,
+        data: Tensor | np.ndarray,
         *,
         structure: str = "dense",
         shrinkage: str | float | None = "ledoit-wolf",

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class GaussianMixturePrior(ClosedForm):
         return as_covariance(value.double() if isinstance(value, Tensor) else value, self.shape)
 
     @classmethod
-    def fit(cls, data: Tensor, components: int, **options: Any) -> GaussianMixturePrior:
+    def fit(cls, data: Tensor | np.ndarray, components: int, **options: Any) -> GaussianMixturePrior:
         """Expectation-maximisation on `(n, *shape)` examples of x; see `invgen.priors.fit_mixture`."""
         from invgen.priors.em import fit_mixture
 

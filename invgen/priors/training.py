@@ -8,8 +8,6 @@ arguments, so that an interrupted run continues on exactly the numbers it would 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from invgen._interrupt import Stop
 from invgen.checkpoints import read_checkpoint, write_checkpoint
 
 __all__ = ["ArrayData", "Training", "TrainingData", "TrainingReport"]
@@ -62,31 +61,6 @@ class TrainingReport:
     losses: list[tuple[int, float]] = field(default_factory=list)
     validation: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
-
-
-class _Stop:
-    """Turns Ctrl-C into a wish: a step cut in half would leave weights that no resumed run can reproduce.
-
-    A second Ctrl-C interrupts at once. Outside the main thread signals cannot be caught and nothing changes.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
 
 
 def _require_finite(value: float, step: int) -> None:
@@ -170,7 +144,7 @@ class Training:
             TextColumn("loss {task.fields[loss]:.4f}"),
             TimeRemainingColumn(),
         )
-        with _Stop() as stop, Progress(*columns, disable=not progress) as bar:
+        with Stop() as stop, Progress(*columns, disable=not progress) as bar:
             task = bar.add_task("training", total=self.steps, completed=first, loss=float("nan"))
             try:
                 for step in range(first, self.steps):

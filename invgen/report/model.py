@@ -164,15 +164,14 @@ def _images(draws: Draws, channel: int) -> list[dict[str, Any]]:
         {
             "alt": "Mean and standard deviation",
             "image": panels(top, columns=2 if len(top) == 4 else 3),
-            "caption": f"{label}{volume}. "
+            "caption": f"{label}{volume}."
             + (
-                "Truth and estimate"
+                " Truth and estimate share one colour scale."
                 if draws.point and truth is not None
-                else "The estimate"
+                else ""
                 if draws.point
-                else "Mean, samples" + (" and truth" if truth is not None else "")
+                else f" Mean, samples{' and truth' if truth is not None else ''} share one colour scale."
             )
-            + " share one colour scale."
             + (
                 " Where the standard deviation is large, the data and the prior leave the model open."
                 if std is not None

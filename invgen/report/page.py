@@ -51,6 +51,8 @@ def write_report(
     import jinja2
 
     path = Path(path)
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"The report is an HTML page, got the name {path.name!r}; end it in .html.")
     if not 0 <= observation < posterior.n_obs:
         raise ValueError(
             f"The posterior holds {posterior.n_obs} observation(s), so observation {observation} does not exist; give 0 to {posterior.n_obs - 1}."
@@ -75,7 +77,7 @@ def write_report(
         "warnings": _warnings(posterior, fits, observation),
         "headline": _headline(posterior, draws, fits),
         "model": _model(posterior),
-        "prior": _prior(problem),
+        "prior": _prior(problem, solver),
         "terms": [
             {
                 "name": f.term.name,
@@ -198,11 +200,15 @@ def _model(posterior: Posterior) -> str:
     return f"{names}; {axes}"
 
 
-def _prior(problem: InverseProblem | None) -> str:
+def _prior(problem: InverseProblem | None, solver: str) -> str:
+    import invgen.solvers as room
+
     if problem is None:
         return ""
     prior = problem.prior
     text = type(prior).__name__
+    if solver in room._exports and not getattr(room, solver).needs:
+        return f"{text}, of which {solver} takes nothing but the shape; its own penalty stands in p(x)'s place"
     card = getattr(prior, "seen", None)
     if isinstance(card, dict) and card.get("data"):
         text += f", trained on {card['data']}"

@@ -177,5 +177,9 @@ def check_diffusion_problem(solver: Solver, problem: InverseProblem, *, linear_o
         raise TypeError(
             f"{name} with this rule needs linear operators with Gaussian noise, got {kinds}; DPS takes non-linear operators."
         )
+    if not linear_only and min(t.operator.derivative_order for t in problem.terms) < 1:
+        raise TypeError(
+            f"{name} with this rule needs the gradient of every operator, and one of them is a black box (derivative_order 0); use a solver without gradients."
+        )
     if not all(hasattr(t.noise, "covariance") for t in problem.terms):
         raise TypeError(f"{name} needs Gaussian noise, got {', '.join(type(t.noise).__name__ for t in problem.terms)}.")

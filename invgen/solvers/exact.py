@@ -150,9 +150,7 @@ def _update(
 ) -> dict[str, Tensor]:
     """u + C Aᴴ (R + A C Aᴴ)⁻¹ (data − A u), with what the solve reports."""
     A, C = system.operator, problem.prior.covariance_u
-    # a real model sees the real and the imaginary part of a datum, each with half its variance
-    R = system.R.scaled(0.5) if data.is_complex() else system.R
-    solved = A.solve(data - A(u), R, C, rtol=rtol, max_iter=max_iter)
+    solved = A.solve(data - A(u), system.R_update, C, rtol=rtol, max_iter=max_iter)
     u = u + C.apply(A.adjoint(solved.x))
     missed = int((~solved.converged).sum())
     if missed:

@@ -13,6 +13,7 @@ the calibration. Every rule costs one vector–Jacobian product through the netw
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,7 +115,8 @@ class PiGDM:
     linear_only = True
 
     def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
-        A, data, R = problem.linear_gaussian("u")
+        system = problem.linear_gaussian("u")
+        A, data, R = system.operator, system.data, system.R_update
         leaf, clean = _denoise_with_graph(problem, u, sigma)
         s2 = self.variance if self.variance is not None else prior_variance(problem)
         r2 = sigma**2 * s2 / (sigma**2 + s2)
@@ -146,7 +148,8 @@ class MMPS:
     linear_only = True
 
     def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
-        A, data, R = problem.linear_gaussian("u")
+        whole = problem.linear_gaussian("u")
+        A, data, R = whole.operator, whole.data, whole.R_update
         leaf, clean = _denoise_with_graph(problem, u, sigma)
         s2 = prior_variance(problem)
         r2 = sigma**2 * s2 / (sigma**2 + s2)
@@ -159,9 +162,20 @@ class MMPS:
             w = ease(v)
             return R.apply(w) + sigma**2 * A(_pull_back(clean, leaf, A.adjoint(w), keep=True))
 
-        solved: Solved = gmres(system, data - A(fit), iterations=self.iterations, rtol=self.rtol)
+        solved = _gmres(system, data - A(fit), self.iterations, self.rtol)
         pulled = _pull_back(clean, leaf, A.adjoint(ease(solved.x)))
         return fit + sigma**2 * pulled, solved.residual
+
+
+def _gmres(system: Callable[[Tensor], Tensor], rhs: Tensor, iterations: int, rtol: float) -> Solved:
+    if not rhs.is_complex():
+        return gmres(system, rhs, iterations=iterations, rtol=rtol)
+
+    def over_reals(v: Tensor) -> Tensor:  # v -> A Jᵀ Re(Aᴴ v) is not linear over the complex numbers
+        return torch.view_as_real(system(torch.view_as_complex(v.contiguous())).resolve_conj())
+
+    solved = gmres(over_reals, torch.view_as_real(rhs.resolve_conj()), iterations=iterations, rtol=rtol)
+    return solved._replace(x=torch.view_as_complex(solved.x.contiguous()))
 
 
 def prior_variance(problem: InverseProblem) -> float:

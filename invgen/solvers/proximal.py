@@ -34,10 +34,7 @@ class _DataTerm:
     """½ |W (A m − d)|² of one observation, as PyProximal expects a function: a value and a proximal operator."""
 
     def __init__(self, system: LinearGaussian, data: Tensor, rtol: float) -> None:
-        self.operator, self.R, self.data, self.rtol = system.operator, system.R, data, rtol
-        # a complex datum of variance σ² is two real ones of variance σ²/2
-        if data.is_complex():
-            self.R = self.R.scaled(0.5)
+        self.operator, self.R, self.data, self.rtol = system.operator, system.R_update, data, rtol
         self.back = self.operator.adjoint(self.R.solve(data))
 
     def torch(self, m: np.ndarray) -> Tensor:

@@ -37,21 +37,26 @@ class PnPDM(Solver):
 
     - Likelihood step, exact: z = ũ + ρ² Aᵀ (R + ρ² A Aᵀ)⁻¹ (d̃ − A ũ) with ũ = u + ρ ξ₁ and d̃ = d + R^½ ξ₂, by
       `operator.solve` (or the equivalent `solve_model` where data outnumber the model).
-    - Prior step: `inner` steps from σ = ρ down to ρ · floor of the reverse process, then one denoising. A step is
-      Gaussian with the exact mean of p(u_σ' | u_σ), D + (σ'/σ)²(u − D), and the variance
-      σ'²(1 − κ) + (1 − κ)² r², κ = (σ'/σ)², with r² = σ² s²/(σ² + s²) in place of Cov[u0 | u_σ]: r² = 0 would be
-      ancestral sampling, which loses up to 80 % of the variance in a handful of steps, r² = σ² Euler–Maruyama of the
-      reverse SDE; this choice is exact for a white prior and tends to the exact one as ρ falls below the prior's
-      scales. The paper uses EDM's stochastic sampler here.
+    - Prior step, a draw of p(u0 | u_ρ = z): `inner` steps of the stochastic sampler of EDM (Karras et al. 2022,
+      algorithm 2) from σ = ρ down to ρ · floor, then one denoising. A step adds noise of variance σ² − σ'² and then
+      follows the probability-flow ODE from √(2σ² − σ'²) to σ' by Heun's rule: that amount of noise is the one of the
+      reverse SDE. The order matters in a handful of steps: on a Gaussian prior, ancestral sampling ends with 0.4 to
+      0.6 of the variance and Euler–Maruyama with up to twice, for the same number of evaluations as four of these
+      steps, which keep it within 0.97 and 1.26.
+
+    With a *learned* denoiser the chain samples the law that the network implies at the smallest ρ, and an error of the
+    denoiser that is small against ρ is not small against the ρ² a sweep moves: more sweeps at small ρ sharpen the
+    samples. Measured on fields drawn from the shipped prior: a nominal 90 % band covers 0.73, where `GuidedDiffusion`
+    with `MMPS` covers 0.92. With exact denoisers neither effect exists.
 
     Args:
         iterations: Gibbs sweeps, spread evenly over log ρ.
         rho_max, rho_min: first and last coupling, in units of the prior's rms scale s.
-        inner: noise levels of a prior step (network evaluations a sweep: inner + 1).
+        inner: noise levels of a prior step (network evaluations a sweep: 2 inner + 1).
         floor: last noise level of a prior step over ρ.
         hold: extra sweeps at rho_min.
 
-    Cost a sample: (iterations + hold) · (inner + 1) network passes without gradients, as many solves. Needs
+    Cost a sample: (iterations + hold) · (2 inner + 1) network passes without gradients, as many solves. Needs
     `HasDenoiser`, an affine transform, linear-Gaussian terms.
     """
 
@@ -117,16 +122,17 @@ class PnPDM(Solver):
 
     @torch.no_grad()
     def _prior_step(self, problem: InverseProblem, z: Tensor, rho: float, rng: Streams) -> Tensor:
-        s2 = prior_variance(problem)
+        denoise = problem.prior.denoise
         ratio = self.floor ** (1 / self.inner)
         u, now = z, rho
         for _ in range(self.inner):
-            keep = ratio**2
-            clean = problem.prior.denoise(u, now)
-            r2 = now**2 * s2 / (now**2 + s2)
-            spread = math.sqrt(keep * now**2 * (1 - keep) + (1 - keep) ** 2 * r2)
-            u = torch.lerp(clean, u, keep) + spread * rng.normal(problem.model_shape, dtype=u.dtype, tag="prior")
-            now *= ratio
+            after = now * ratio
+            noisy = math.sqrt(2 * now**2 - after**2)
+            u = u + math.sqrt(now**2 - after**2) * rng.normal(problem.model_shape, dtype=u.dtype, tag="prior")
+            slope = (u - denoise(u, noisy)) / noisy
+            ahead = u + (after - noisy) * slope
+            slope = 0.5 * (slope + (ahead - denoise(ahead, after)) / after)
+            u, now = u + (after - noisy) * slope, after
         return problem.prior.denoise(u, now)
 
     def finish(self, problem: InverseProblem, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,10 +146,11 @@ def likelihood_step(problem: InverseProblem, u: Tensor, rho: float, rng: Streams
     Returns:
         z like u; the relative residual of the solve and 1 where it did not converge, `(batch,)` each.
     """
-    A, data, R = problem.linear_gaussian("u")
+    system = problem.linear_gaussian("u")
+    A, data, R = system.operator, system.data, system.R
     near = u + rho * rng.normal(problem.model_shape, dtype=u.dtype, tag="near")
     white = rng.normal(getattr(R, "noise_shape", A.data_shape), dtype=data.dtype, tag="data")
-    target = data + R.sqrt(white)
+    target, R = data + R.sqrt(white), system.R_update
     if math.prod(A.data_shape) <= math.prod(A.model_shape):
         solved = A.solve(target - A(near), R, rho**2)
         z = near + rho**2 * A.adjoint(solved.x)

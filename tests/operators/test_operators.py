@@ -388,3 +388,18 @@ def test_from_pylops_is_quiet(theirs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         from_pylops(theirs)(randn(1, 5, 3))
+
+
+@pytest.mark.parametrize("sd", [1e-2, 1e-3])
+def test_stacked_solves_survive_float32(sd):
+    g = torch.Generator().manual_seed(0)
+    shape = (1, 20, 12)
+    A = stack(PostStack(torch.tensor([-0.1, 0.25, 0.5, 0.25, -0.1]), shape), Smooth(shape, (9, 5)))
+    R = BlockDiagonal([Scalar(sd**2, shape), Scalar(sd**2, shape)])
+    m = torch.randn(2, *shape, generator=g, dtype=torch.float64)
+    d = A(m) + sd * torch.randn(2, 480, generator=g, dtype=torch.float64)
+    wide = A.adjoint(A.solve(d, R, 0.5).x)
+    solved = A.solve(d.float(), R, 0.5)
+    assert solved.x.dtype == torch.float32
+    # rounding of the right-hand side alone, 6e-8, is amplified by 1/sd at most
+    assert float((A.adjoint(solved.x).double() - wide).norm() / wide.norm()) < 1e-7 / sd

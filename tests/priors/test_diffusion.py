@@ -107,7 +107,6 @@ def test_an_untrained_network_has_loss_one_on_data_of_sd_s():
 
 
 def test_samplers_of_the_exact_denoiser_have_its_law():
-    # u is not centred here: the start at 300 keeps all but √1.3/300 of the mean, 0.4 % (see start_sigma)
     law, _, prior = exact_prior(Affine(2.0, 3.0))
     n = 4000
     z = torch.randn(n, 3, generator=torch.Generator().manual_seed(4), dtype=F64)
@@ -117,6 +116,21 @@ def test_samplers_of_the_exact_denoiser_have_its_law():
         pairs = off[:, :, None] * off[:, None]
         allowance = 5 * pairs.std(0) / math.sqrt(n)
         assert bool(((pairs.mean(0) - law.covariance().dense()).abs() < allowance).all())
+
+
+def test_samplers_start_around_the_mean_of_the_prior():
+    # a mean 10 times the first noise level: a start around zero would leave part of it behind
+    C = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.6, 0.1], [0.0, 0.1, 0.2]], dtype=F64)
+    law = GaussianPrior(torch.tensor([100.0, -200.0, 30.0], dtype=F64), Dense(C))
+    prior = DiffusionPrior(Exact(law, 0.8), (3,), sigma_data=0.8, mean_variance_of_field=2.7, latent_steps=60)
+    assert 19 < prior.start_sigma < 21
+    n = 1000
+    z = torch.randn(n, 3, generator=torch.Generator().manual_seed(4), dtype=F64)
+    z = torch.cat([z, -z])  # f is affine for a Gaussian: the mean of the pairs is f(0), without Monte-Carlo error
+    mean = prior.decode(z).mean(0)
+    assert float(((mean - law.mean()) / law.covariance().diagonal().sqrt()).abs().max()) < 0.02
+    x = prior.sample(n, seed=0, steps=100, chunk=n, dtype=F64)
+    assert float(((x.mean(0) - law.mean()).abs() / (x.std(0) / math.sqrt(n))).max()) < 5
 
 
 # --- larger grids --------------------------------------------------------------------------------------------------

@@ -106,12 +106,13 @@ def test_the_joint_law_is_left_invariant():
         check_draws(solver.solve(problem, 1, dtype=F64, seed=9).samples[:, 0, 0], m, C)
 
 
-def test_complex_data_of_a_real_model():
+@pytest.mark.parametrize("real_model", [True, False])  # False: the problem itself keeps models real
+def test_complex_data_of_a_real_model(real_model):
     g = torch.Generator().manual_seed(2)
     A = torch.complex(_randn(g, 5, 4), _randn(g, 5, 4))
     prior = GaussianPrior(_randn(g, 4), torch.eye(4, dtype=F64) * 0.5)
     d = torch.complex(_randn(g, 2, 5), _randn(g, 2, 5))
-    problem = InverseProblem(d, MatrixOperator(A, real_model=True), GaussianNoise(0.8), prior)
+    problem = InverseProblem(d, MatrixOperator(A, real_model=real_model), GaussianNoise(0.8), prior)
     real = torch.cat([A.real, A.imag])
     R = 0.32 * torch.eye(10, dtype=F64)  # half of 0.64 a part
     flat, m, C = torch.cat([d.real, d.imag], dim=1), prior.mean_u, 0.5 * torch.eye(4, dtype=F64)
@@ -188,6 +189,11 @@ def test_rto_reports_solves_that_did_not_converge():
     assert float(posterior.stats["residual"].min()) > 1e-10
 
 
+def _two_fields(prior):
+    means = torch.stack([prior.mean_u, prior.mean_u + 1])
+    return GaussianMixturePrior([0.5, 0.5], means, [prior.covariance_u, prior.covariance_u])
+
+
 def test_what_is_not_linear_gaussian_is_refused():
     problem, *_ = _gaussian(1)
     term = problem.terms[0]
@@ -196,6 +202,8 @@ def test_what_is_not_linear_gaussian_is_refused():
         RandomizeThenOptimize().solve(laplace, 1)
     with pytest.raises(TypeError, match="linear operators with Gaussian noise only"):
         ExactGaussian().solve(laplace, 1)
+    with pytest.raises(TypeError, match=r"HasGaussian.*ExactMixture"):  # its moments are not its law
+        ExactGaussian().solve(InverseProblem(term.data, term.operator, term.noise, _two_fields(problem.prior)), 1)
     curved, *_ = _gaussian(1, Exp())
     for solver in (ExactGaussian(), RandomizeThenOptimize()):
         with pytest.raises(TypeError, match="affine transform"):

@@ -81,6 +81,10 @@ class UNet(nn.Module):
         embedding: int = 128,
     ) -> None:
         super().__init__()
+        if not widths or min(*widths, channels, blocks, patch) < 1 or embedding < 1 or extra < 0:
+            raise ValueError(
+                f"A UNet needs at least one width, and widths, channels, blocks, patch and embedding of at least 1, got widths={tuple(widths)}, channels={channels}, blocks={blocks}, patch={patch}, embedding={embedding}, extra={extra}."
+            )
         self.settings: dict[str, Any] = {
             "channels": channels,
             "extra": extra,
