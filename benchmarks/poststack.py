@@ -38,8 +38,8 @@ TUNING_SEED, TUNING_WINDOWS = 5_000_000, 6
 # chosen by `--tune` on generated sections
 TV_WEIGHT = 4.0
 GAUSSIAN = {"kind": "matern", "factor": 0.3, "length": 15.0, "ratio": 5.0}
-WINDOW_SOLVER = GuidedDiffusion(MMPS(iterations=6, rtol=0), "heun", steps=24)
-SECTION_SOLVER = GuidedDiffusion(MMPS(iterations=4, rtol=0), "heun", steps=20)
+WINDOW_SOLVER = GuidedDiffusion(MMPS(iterations=6, rtol=0.02), "heun", steps=40)
+SECTION_SOLVER = PnPDM(iterations=40, inner=3, rho_max=1.0, rho_min=0.02)
 DIFFUSION_GRID = [
     WINDOW_SOLVER,
     GuidedDiffusion(MMPS(iterations=4, rtol=0), "heun", steps=20),
@@ -193,7 +193,7 @@ def main() -> None:
     gaussian = gaussian_solution(truth, gaussian_prior(tuple(truth.shape), **GAUSSIAN))
     print(f"Gaussian prior: SNR {snr(truth, gaussian):.2f} dB, {time.perf_counter() - began:.1f} s", flush=True)
     began = time.perf_counter()
-    solver = TotalVariation(weight=TV_WEIGHT)
+    solver = TotalVariation(weight=TV_WEIGHT, iterations=3000, tol=1e-4)
     tv = solver.solve(ladder(truth, plain), 1, dtype=torch.float64).samples[0, 0, 0, 0]
     print(f"total variation: SNR {snr(truth, tv):.2f} dB, {time.perf_counter() - began:.1f} s", flush=True)
     low = ladder(truth, plain).terms[1].data[0, 0]

@@ -118,6 +118,9 @@ class UNet(nn.Module):
         self.leave = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(cast(Tensor, self.leave.bias))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def receptive_radius(self) -> int:
@@ -139,7 +142,8 @@ class UNet(nn.Module):
             x = F.pad(x, (0, pad_w, 0, pad_h), mode=mode)
         angles = noise[:, None] * self.frequencies.to(noise.dtype)
         embedding = self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))
-        h = self.enter(F.pixel_unshuffle(x, self.patch))
+        # channels last: the convolutions of a CPU are up to three times faster on this layout
+        h = self.enter(F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last))
         skips = []
         for level, blocks in enumerate(self.down):
             for block in cast(nn.ModuleList, blocks):

@@ -35,7 +35,6 @@ def build() -> DiffusionPrior:
         channel_units=("ln(kg/m2/s*1e-3)",),
     )
     network = UNet(1, extra=2, widths=(40, 64, 96, 112), blocks=2)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return DiffusionPrior(
         network,
         grid.field_shape,
