@@ -193,7 +193,7 @@ def main() -> None:
     gaussian = gaussian_solution(truth, gaussian_prior(tuple(truth.shape), **GAUSSIAN))
     print(f"Gaussian prior: SNR {snr(truth, gaussian):.2f} dB, {time.perf_counter() - began:.1f} s", flush=True)
     began = time.perf_counter()
-    solver = TotalVariation(weight=TV_WEIGHT, iterations=3000, tol=1e-4)
+    solver = TotalVariation(weight=TV_WEIGHT)
     tv = solver.solve(ladder(truth, plain), 1, dtype=torch.float64).samples[0, 0, 0, 0]
     print(f"total variation: SNR {snr(truth, tv):.2f} dB, {time.perf_counter() - began:.1f} s", flush=True)
     low = ladder(truth, plain).terms[1].data[0, 0]

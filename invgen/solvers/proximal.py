@@ -107,8 +107,8 @@ class TotalVariation(Solver):
 
     weight: float = 1.0
     isotropic: bool = True
-    iterations: int = 600
-    tol: float = 1e-3
+    iterations: int = 3000
+    tol: float = 1e-4
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
