@@ -36,7 +36,7 @@ SPACING, SNR_DB, BACKGROUND_SD, LENGTHS = 4.0, 20.0, 0.05, (60, 50)
 TUNING_SEED, TUNING_WINDOWS = 5_000_000, 6
 
 # chosen by `--tune` on generated sections
-TV_WEIGHT = 4.0
+TV_WEIGHT = 16.0
 GAUSSIAN = {"kind": "matern", "factor": 0.3, "length": 15.0, "ratio": 5.0}
 WINDOW_SOLVER = GuidedDiffusion(MMPS(iterations=6, rtol=0.02), "heun", steps=40)
 SECTION_SOLVER = PnPDM(iterations=40, inner=3, rho_max=1.0, rho_min=0.02)
@@ -160,7 +160,7 @@ def tune(method: str, shape: tuple[int, int], checkpoint: str | None) -> None:
         prior = gaussian_prior(shape, kind, factor, length, ratio)
         score = np.mean([snr(w, gaussian_solution(w, prior)) for w in windows])
         print(f"Gaussian {kind} factor {factor} length {length} ratio {ratio}: {score:.2f} dB", flush=True)
-    for weight in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0) if method == "tv" else ():
+    for weight in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0) if method == "tv" else ():
         solver = TotalVariation(weight=weight)
         values = [snr(w, solver.solve(ladder(w, plain), 1, dtype=torch.float64).samples[0, 0, 0, 0]) for w in windows]
         print(f"TV {weight}: {np.mean(values):.2f} dB", flush=True)
