@@ -113,14 +113,14 @@ def in_room(module: str, room: str) -> bool:
     return module == f"invgen.{room}" or module.startswith(f"invgen.{room}.")
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [*ROOMS, "diagnostics"])
 def test_rooms_do_not_import_each_other(room: str) -> None:
     """The operators' algebra is shared ground, like linalg; concrete classes of another room are not."""
     guilty = []
     for path in sorted((ROOT / "invgen" / room).rglob("*.py")):
         if "pretrained" in path.parts:
             continue  # scripts that train what ships
-        for other in ROOMS:
+        for other in (*ROOMS, "diagnostics"):
             wrong = [
                 m for m in imports(path) if other != room and in_room(m, other) and not in_room(m, "operators.algebra")
             ]
@@ -202,7 +202,7 @@ def test_everything_a_room_promises_can_be_fetched() -> None:
     """Everything a room promises can be fetched."""
     import importlib
 
-    for room in (*ROOMS, "data", "report"):
+    for room in (*ROOMS, "diagnostics", "data", "report"):
         module = importlib.import_module(f"invgen.{room}")
         for name in module.__all__:
             assert getattr(module, name) is not None
