@@ -63,6 +63,8 @@ def _beds(rng: Rng, thickness: float) -> tuple[Array, Array, Array]:
         drift = sign * contrast * rng.uniform(1.0, 2.5, n)
     elif kind == 3:  # homogeneous unit, a few partings at most
         value = rng.normal(0.0, 0.012, n)
+        if rng.random() < 0.5:
+            bed, value, drift = np.array([thickness]), value[:1], drift[:1]  # massive: one bed, no parting
     else:  # background with sparse hard (carbonate, evaporite) or soft (coal, organic shale) stringers
         value = rng.normal(0.0, 0.3 * contrast, n)
         strong = rng.random(n) < 0.22

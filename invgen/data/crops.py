@@ -15,8 +15,13 @@ from invgen.data.geology import GeologySections
 __all__ = ["GeologyCrops"]
 
 
+# Subtracted before the cast: log-impedances lie near 8, where neighbouring float16 numbers are 0.008 apart; around
+# zero they are below 5e-4 apart, far finer than the beds' contrasts.
+_CENTRE = np.float32(8.65)
+
+
 def _section(generator: GeologySections, seed: int, index: int) -> np.ndarray:
-    return generator.sample(1, seed=seed, start=index)[0, 0].astype(np.float16)
+    return (generator.sample(1, seed=seed, start=index)[0, 0] - _CENTRE).astype(np.float16)
 
 
 @dataclass
@@ -24,7 +29,7 @@ class GeologyCrops:
     """Random crops (left-right flips included) of a pool of sections, with the depth of every row.
 
     A crop costs microseconds while a section costs tens of milliseconds, so sections are made once, in parallel, and
-    kept in float16 (relative error 5e-4, far below the texture of the sections).
+    kept as float16 deviations from 8.65 (rounding below 2.5e-4, far below the texture of the sections).
 
     Args:
         sections: size of the pool.
@@ -75,7 +80,7 @@ class GeologyCrops:
         x = torch.empty(size, 1, cz, cx)
         context = torch.zeros(size, 2, cz, cx)
         for i in range(size):
-            part = self.pool[which[i], rows[i] : rows[i] + cz, columns[i] : columns[i] + cx].float()
+            part = self.pool[which[i], rows[i] : rows[i] + cz, columns[i] : columns[i] + cx].float() + float(_CENTRE)
             x[i, 0] = part.flip(-1) if flips[i] else part
             if not hidden[i]:
                 depth = self.generator.depth + self.generator.spacing[0] * np.arange(rows[i], rows[i] + cz)

@@ -109,6 +109,8 @@ class GeologySections:
         x = (np.arange(nx) * dx).astype(np.float32)
         z = (self.depth + np.arange(nz) * dz).astype(np.float32)
         span, height = nx * dx, nz * dz
+        # Interval models (constant beds without texture or lateral change) beside logs-like sections: both are geology.
+        blocky = rng.random() < 0.4
         water = rng.random() < 0.3
         seabed = np.zeros(nx, dtype=np.float32)
         if water:
@@ -151,18 +153,18 @@ class GeologySections:
         table = parts.compaction_table(rng, np.arange(0.0, float(burial.max()) + 2 * trend_step, trend_step))
         trend = table[(burial * (1.0 / trend_step)).astype(np.int32)]
         index = (position * (1.0 / step)).astype(np.int32)
-        blend = parts.facies_blend(rng, position, x, dx)
         first = np.concatenate(columns)
         m = first[index]
-        m += (np.concatenate(others) - first)[index] * blend
         m += trend
-        rows = 211
-        tile = parts.texture_tile(rng, rows, x) * np.float32(parts.log_uniform(rng, 0.002, 0.02))
-        index //= max(1, round(max(dz, 4.0) / step))
-        index %= rows
-        index *= nx
-        index += np.arange(nx, dtype=np.int32)
-        m += tile.ravel()[index]
+        if not blocky:
+            m += (np.concatenate(others) - first)[index] * parts.facies_blend(rng, position, x, dx)
+            rows = 211
+            tile = parts.texture_tile(rng, rows, x) * np.float32(parts.log_uniform(rng, 0.002, 0.02))
+            index //= max(1, round(max(dz, 4.0) / step))
+            index %= rows
+            index *= nx
+            index += np.arange(nx, dtype=np.int32)
+            m += tile.ravel()[index]
         for _ in range(int(rng.poisson(rng.choice([0.0, 3.0, 9.0]) * span * height / 7.0e6))):
             parts.add_lens(rng, m, position, trend, x, dz)
         _soft_limit(m)
