@@ -363,6 +363,7 @@ class Solver:
     Class attributes:
         needs: capabilities the prior must have.
         kind: "exact", "approximate" or "point".
+        pooled: the items of an observation interact, so that the driver never parts them.
 
     The driver calls `init` once and `step` until `num_steps` are done; a state is a dict of tensors (batch axis
     first), so that a run can be checkpointed and resumed. `problem` holds only the items of the current chunk, its
@@ -371,6 +372,7 @@ class Solver:
 
     needs: ClassVar[tuple[type, ...]] = ()
     kind: ClassVar[str] = "approximate"
+    pooled: ClassVar[bool] = False
 
     def num_steps(self, problem: InverseProblem) -> int:
         """Steps after `init`."""

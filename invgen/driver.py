@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from invgen._interrupt import Stop
+from invgen._memory import keep_freed_memory
 from invgen.checkpoints import read_checkpoint, write_checkpoint
 from invgen.streams import Streams
 
@@ -67,8 +68,8 @@ def run(
         solver: what to run. problem: on what.
         num_samples: samples (chains, starts) for each observation.
         seed: of every stream.
-        chunk: items treated together; see `default_chunk`. Items of one observation stay together where the solver
-            pools them.
+        chunk: items treated together; see `default_chunk`. Where the items of an observation interact
+            (`Solver.pooled`) they stay together: whole observations, one at a time unless chunk holds more.
         device, dtype: of the state; the operator and the prior must already be on that device.
         progress: show a bar on the terminal.
         checkpoint: file that finished chunks and, every `save_seconds` and on Ctrl-C, the running state go to; a run
@@ -98,8 +99,10 @@ def run(
     solver.check(problem)
     place = _place(device)
     items = [(o, s) for o in range(problem.n_obs) for s in range(num_samples)]
-    size = chunk or default_chunk(problem.model_shape, place)
-    size = -(-len(items) // -(-len(items) // size))  # equal chunks rather than a small last one
+    unit = num_samples if solver.pooled else 1  # what a chunk holds a whole number of
+    size = chunk or (unit if solver.pooled else default_chunk(problem.model_shape, place))
+    units, size = len(items) // unit, max(1, size // unit)
+    size = -(-units // -(-units // size)) * unit  # equal chunks rather than a small last one
     store = _Store(checkpoint, solver, problem, num_samples, seed, dtype)
     began, counts0 = time.perf_counter(), _counts(problem)
     steps = solver.num_steps(problem)
@@ -111,7 +114,8 @@ def run(
         TextColumn("steps"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not progress) as bar:
+    large = place.type == "cpu" and size * math.prod(problem.model_shape) >= 1 << 18
+    with keep_freed_memory(large), Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("run", total=(steps + 1) * -(-len(items) // size))
         position = store.finished
         bar.update(task, completed=(steps + 1) * (position // size))
@@ -133,9 +137,9 @@ def run(
                         lambda: bar.advance(task),
                     )
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if len(part) == 1 or not _out_of_memory(error):
+                    if len(part) == unit or not _out_of_memory(error):
                         raise
-                    size = -(-len(part) // 2)
+                    size = -(-(len(part) // unit) // 2) * unit
                     torch.cuda.empty_cache()
                     left = (steps + 1) * -(-(len(items) - position) // size)
                     bar.update(

@@ -26,20 +26,10 @@ from invgen.checkpoints import read_checkpoint, write_checkpoint
 from invgen.contracts import check_batch
 from invgen.grid import Grid
 from invgen.priors import networks
+from invgen.schedules import sigma_schedule
 from invgen.transforms import Affine, Identity, Transform
 
 __all__ = ["DepthChannel", "DiffusionPrior", "sigma_schedule"]
-
-
-def sigma_schedule(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
-    """EDM equation 5: `steps` + 1 noise levels from sigma_max to sigma_min and then 0, as host floats."""
-    if steps < 1 or not 0 < sigma_min < sigma_max:
-        raise ValueError(
-            f"A schedule needs steps >= 1 and 0 < sigma_min < sigma_max, got steps={steps}, sigma_min={sigma_min}, sigma_max={sigma_max}."
-        )
-    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    levels = [(top + i / max(steps - 1, 1) * (bottom - top)) ** rho for i in range(steps)]
-    return [*levels, 0.0]
 
 
 @dataclass(frozen=True)

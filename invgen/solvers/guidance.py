@@ -6,8 +6,12 @@ With u_σ = u0 + σ n and a Gaussian approximation N(D, V) of p(u0 | u_σ), line
     E[u0 | u_σ, d] = D + σ² ∇ log p(d | u_σ) ≈ D + σ² Jᵀ Aᵀ (R + A V Aᵀ)⁻¹ (d − A D),      J = ∂D/∂u.
 
 The rules differ in V alone. The exact conditional covariance is V = σ² J (Tweedie's second-order formula), used by
-`MMPS`; `PiGDM` replaces it by a multiple of the identity; `DPS` drops it and rescales the step. The covariance decides
-the calibration. Every rule costs one vector–Jacobian product through the network besides what it states.
+`MMPS` and `TMPD`; `PiGDM` replaces it by a multiple of the identity; `DPS` drops it and rescales the step;
+`ConvolvedLikelihood` puts p(u0 | u_σ) ≈ N(u_σ, σ²), as if there were no prior. The covariance decides the calibration.
+
+Every rule says what it measured on `benchmarks/guidance.py`: a correlated 16-d Gaussian with a non-zero mean, eight
+data, noise 0.05 / 0.3 / 1; 4000 samples in float64 with the settings of `GuidedDiffusion.exam()`. Mean error is in
+posterior standard deviations, sd ratio and coverage of a nominal 90 % interval are averages over coordinates.
 """
 
 from __future__ import annotations
@@ -22,14 +26,25 @@ from torch import Tensor
 
 from invgen.linalg import Solved, gmres, inner
 from invgen.problem import InverseProblem
+from invgen.solvers._linearised import from_reals, linearised, over_reals, solve_in_data
 
 __all__ = ["DPS", "MMPS", "Guidance", "PiGDM"]
 
 
 class Guidance(Protocol):
-    """A rule that turns a denoiser into a posterior denoiser."""
+    """A rule that turns a denoiser into a posterior denoiser.
+
+    Attributes:
+        linear_only: needs affine operators; the others are checked for `derivative_order` right derivatives.
+        derivative_order: derivatives of a non-linear operator that the rule takes.
+        tolerance: relative residual above which an inner solve counts as unconverged.
+    """
 
     linear_only: bool
+    derivative_order: int
+
+    @property
+    def tolerance(self) -> float: ...
 
     def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
         """E[u0 | u_σ = u, d] for a chunk.
@@ -47,13 +62,14 @@ class Guidance(Protocol):
         ...
 
 
-def _denoise_with_graph(problem: InverseProblem, u: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+def denoise_with_graph(problem: InverseProblem, u: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """(u, D(u, σ)) with the graph between them, for products with Jᵀ."""
     with torch.enable_grad():
         leaf = u.detach().requires_grad_(True)
         return leaf, problem.prior.denoise(leaf, sigma)
 
 
-def _pull_back(clean: Tensor, leaf: Tensor, cotangent: Tensor, *, keep: bool = False) -> Tensor:
+def pull_back(clean: Tensor, leaf: Tensor, cotangent: Tensor, *, keep: bool = False) -> Tensor:
     """Jᵀ w."""
     (out,) = torch.autograd.grad(clean, leaf, cotangent, retain_graph=keep)
     return out
@@ -72,10 +88,16 @@ class DPS:
 
     Non-linear operators are allowed; the noise must be Gaussian. Cost: 1 network pass and 1 vector–Jacobian product
     through network and physics.
+
+    Measured (ζ = 0.1, ancestral, 500 levels): mean error 0.40 / 0.43 / 0.68, sd ratio 1.02 / 1.00 / 0.85, coverage
+    0.87 / 0.85 / 0.74; stiff directions are far worse than these averages (noise 0.05: 3000 times the variance).
     """
 
     scale: float = 1.0
+
     linear_only = False
+    derivative_order = 1
+    tolerance = math.inf
 
     def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
         terms = problem.in_u()
@@ -83,7 +105,7 @@ class DPS:
         level = problem.remember(
             "noise rms", lambda: math.sqrt(sum(float(R.mean_variance()) for R in noises) / len(noises))
         )
-        leaf, clean = _denoise_with_graph(problem, u, sigma)
+        leaf, clean = denoise_with_graph(problem, u, sigma)
         with torch.enable_grad():
             predictions = [t.operator(clean) for t in terms]
         residuals = [t.data - p.detach() for t, p in zip(terms, predictions, strict=True)]
@@ -109,20 +131,27 @@ class PiGDM:
         variance: s², the prior's mean variance tr Σ/n in u; taken from the prior when omitted.
 
     Needs linear-Gaussian terms. Cost: 1 network pass, 1 vector–Jacobian product, one `operator.solve`.
+
+    Measured (SDE, 300 levels): mean error 0.42 / 0.42 / 0.30, sd ratio 1.06 / 1.06 / 1.05, coverage 0.90 at all three;
+    with 200 levels and ten Langevin steps of 0.2 at each: 0.02 / 0.02 / 0.02, 1.00, 0.90. Where one mode of the prior
+    is far wider than s, r² is far too small for it: the Langevin steps then diverge (32 × 32 fields of range 4).
     """
 
     variance: float | None = None
+
     linear_only = True
+    derivative_order = 1
+    tolerance = 1e-3
 
     def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
         system = problem.linear_gaussian("u")
-        A, data, R = system.operator, system.data, system.R_update
-        leaf, clean = _denoise_with_graph(problem, u, sigma)
+        A, data = system.operator, system.data
+        leaf, clean = denoise_with_graph(problem, u, sigma)
         s2 = self.variance if self.variance is not None else prior_variance(problem)
         r2 = sigma**2 * s2 / (sigma**2 + s2)
         fit = clean.detach()
-        solved = A.solve(data - A(fit), R, r2)
-        return fit + sigma**2 * _pull_back(clean, leaf, A.adjoint(solved.x)), solved.residual
+        solved = solve_in_data(problem, data - A(fit), r2)
+        return fit + sigma**2 * pull_back(clean, leaf, A.adjoint(solved.x)), solved.residual
 
 
 @dataclass(frozen=True)
@@ -134,48 +163,59 @@ class MMPS:
     (R + r² A Aᵀ)⁻¹ through `operator.solve` makes a few iterations enough. Exact for a Gaussian prior, linear physics
     and Gaussian noise, in the limit of small steps and a converged solve: stopping after one iteration is a bias.
 
+    Non-linear operators are linearised once a call at the clean estimate, g(u0) ≈ g(D) + G (u0 − D) (Gauss–Newton):
+    right to the second order of the width of p(u0 | u_σ), a bias where g bends within it. Their systems are
+    preconditioned by R⁻¹ only and want more iterations.
+
     Args:
         iterations: size of the Krylov space, at the most.
         rtol: stop when every sample reached it; 0 always spends all iterations and never looks.
         precondition: use `operator.solve`; switch off where it is as expensive as the network.
 
-    Cost: 1 network pass and iterations + 1 vector–Jacobian products, operators and adjoints.
+    Cost: 1 network pass and iterations + 1 vector–Jacobian products, operators and adjoints; for non-linear operators
+    1 pass and iterations (products with G) + iterations + 1 (with Gᵀ) derivatives.
+
+    Measured (Heun, 50 levels): mean error 0.00 / 0.00 / 0.00, sd ratio 1.007 / 1.007 / 1.004, coverage 0.90 at all
+    three; on 32 × 32 Gaussian fields behind a mask, a blur, a post-stack and a sparse operator at most 0.02 and 0.90.
     """
 
     iterations: int = 8
     rtol: float = 1e-4
     precondition: bool = True
-    linear_only = True
+
+    linear_only = False
+    derivative_order = 2
+
+    @property
+    def tolerance(self) -> float:
+        """`rtol`, or 1e-3 for runs that always spend all iterations."""
+        return self.rtol or 1e-3
 
     def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
-        whole = problem.linear_gaussian("u")
-        A, data, R = whole.operator, whole.data, whole.R_update
-        leaf, clean = _denoise_with_graph(problem, u, sigma)
+        leaf, clean = denoise_with_graph(problem, u, sigma)
         s2 = prior_variance(problem)
         r2 = sigma**2 * s2 / (sigma**2 + s2)
         fit = clean.detach()
+        physics = linearised(problem, fit)
 
         def ease(v: Tensor) -> Tensor:
-            return A.solve(v, R, r2).x if self.precondition else v
+            return physics.ease(v, r2) if self.precondition else v
 
         def system(v: Tensor) -> Tensor:
             w = ease(v)
-            return R.apply(w) + sigma**2 * A(_pull_back(clean, leaf, A.adjoint(w), keep=True))
+            return physics.R.apply(w) + sigma**2 * physics.forward(
+                pull_back(clean, leaf, physics.adjoint(w), keep=True)
+            )
 
-        solved = _gmres(system, data - A(fit), self.iterations, self.rtol)
-        pulled = _pull_back(clean, leaf, A.adjoint(ease(solved.x)))
+        solved = _gmres(system, physics.residual, self.iterations, self.rtol)
+        pulled = pull_back(clean, leaf, physics.adjoint(ease(solved.x)))
         return fit + sigma**2 * pulled, solved.residual
 
 
 def _gmres(system: Callable[[Tensor], Tensor], rhs: Tensor, iterations: int, rtol: float) -> Solved:
-    if not rhs.is_complex():
-        return gmres(system, rhs, iterations=iterations, rtol=rtol)
-
-    def over_reals(v: Tensor) -> Tensor:  # v -> A Jᵀ Re(Aᴴ v) is not linear over the complex numbers
-        return torch.view_as_real(system(torch.view_as_complex(v.contiguous())).resolve_conj())
-
-    solved = gmres(over_reals, torch.view_as_real(rhs.resolve_conj()), iterations=iterations, rtol=rtol)
-    return solved._replace(x=torch.view_as_complex(solved.x.contiguous()))
+    # v -> A Jᵀ Re(Aᴴ v) is not linear over the complex numbers
+    solved = gmres(lambda v: over_reals(system(from_reals(v, rhs))), over_reals(rhs), iterations=iterations, rtol=rtol)
+    return solved._replace(x=from_reals(solved.x, rhs))
 
 
 def prior_variance(problem: InverseProblem) -> float:

@@ -1,12 +1,17 @@
-r"""Split Gibbs sampling with a diffusion prior: no Jacobian of the network, the physics solved in closed form.
+r"""Split Gibbs sampling with a diffusion prior: no Jacobian of the network, and the physics on its own.
 
 The posterior is split with a copy z of u (Vono, Dobigeon & Chainais 2019),
 
     p_ρ(u, z | d) ∝ p(u) · exp(−|u − z|²/2ρ²) · p(d | z),
 
-whose two conditionals are simple: z given u is Gaussian for linear-Gaussian physics, and u given z is the law of a
-clean field given its noisy version z at noise level ρ, which a diffusion model samples by running backwards from ρ.
-As ρ → 0 the law of u tends to the posterior.
+whose two conditionals are simple: z given u sees the physics and a Gaussian, and u given z is the law of a clean field
+given its noisy version z at noise level ρ, which a diffusion model samples by running backwards from ρ. As ρ → 0 the
+law of u tends to the posterior: for linear-Gaussian terms it is the posterior with R + ρ² A Aᵀ in the place of R.
+
+**How fast the chain follows.** In a direction of posterior standard deviation s ≫ ρ a sweep adds noise 2ρ² and forgets
+the fraction ρ²/s² of where it was: a random walk that needs (s/ρ)² sweeps. Annealed with k sweeps an e-fold of ρ, the
+direction follows its moving target until k ρ² ≈ s² and then stays: its variance ends too large by the fraction 1/k,
+and its mean off by the order of s/k, whatever s is. Equal sweeps in log ρ serve all directions alike.
 """
 
 from __future__ import annotations
@@ -21,10 +26,21 @@ from torch import Tensor
 from invgen.contracts import HasDenoiser, Solver
 from invgen.driver import Streams
 from invgen.problem import InverseProblem
-from invgen.solvers.diffusion import check_diffusion_problem
+from invgen.solvers._inner import (
+    check_data_step,
+    first_step,
+    has_exact_step,
+    likelihood_step,
+    metropolis_step,
+    prior_centre,
+)
+from invgen.solvers._nuisance import check_nuisance, nuisance_step, nuisance_values, start_nuisance
+from invgen.solvers._reverse import reverse_draw
 from invgen.solvers.guidance import prior_variance
 
 __all__ = ["PnPDM"]
+
+_GAIN = 0.3  # of the adaptation of Metropolis steps, which stops with the annealing
 
 
 @dataclass(frozen=True)
@@ -32,17 +48,17 @@ class PnPDM(Solver):
     r"""Plug-and-play diffusion models (Wu et al. 2024, arXiv:2405.18782, algorithm 1): annealed split Gibbs sampling.
 
     Targets p_ρ(u | d) at the last coupling ρ = rho_min, which tends to p(u | d) as rho_min → 0, provided the chain keeps
-    up with the annealing (`iterations`). A direction of posterior standard deviation s follows the annealing until
-    about ρ = s/√k, k iterations an octave, so that its variance ends within a factor 1 + O(1/k).
+    up with the annealing: with k sweeps an e-fold of ρ a variance ends within a factor 1 + 1/k (see the module).
 
-    - Likelihood step, exact: z = ũ + ρ² Aᵀ (R + ρ² A Aᵀ)⁻¹ (d̃ − A ũ) with ũ = u + ρ ξ₁ and d̃ = d + R^½ ξ₂, by
-      `operator.solve` (or the equivalent `solve_model` where data outnumber the model).
-    - Prior step, a draw of p(u0 | u_ρ = z): `inner` steps of the stochastic sampler of EDM (Karras et al. 2022,
-      algorithm 2) from σ = ρ down to ρ · floor, then one denoising. A step adds noise of variance σ² − σ'² and then
-      follows the probability-flow ODE from √(2σ² − σ'²) to σ' by Heun's rule: that amount of noise is the one of the
-      reverse SDE. The order matters in a handful of steps: on Gaussian priors four ancestral steps leave the chain
-      with 0.46 to 0.61 of its variance, four Euler–Maruyama steps with 1.0 to 2.1 times it, four of these with 0.97
-      to 1.26 (at twice the evaluations a step).
+    - Likelihood step. Linear-Gaussian terms: exact, z = ũ + ρ² Aᵀ (R + ρ² A Aᵀ)⁻¹ (d̃ − A ũ) with ũ = u + ρ ξ₁ and
+      d̃ = d + R^½ ξ₂, by `operator.solve` (or the equivalent `solve_model` where data outnumber the model). Otherwise
+      one Metropolis-adjusted Hamiltonian trajectory from the last z, or random walks where an operator is a black box;
+      they leave p(z | u, d) invariant. Their step adapts to each sample during the annealing and rests in the `hold`.
+    - Nuisance parameters theta (`InverseProblem.nuisance`): random-walk Metropolis on p(theta | z, d), which is known;
+      then p_ρ(u, z, theta | d) is targeted, and the draws are in `posterior.theta`.
+    - Prior step, a draw of p(u0 | u_ρ = z) in `inner` transitions with the exact mean and (nearly) Tweedie's
+      covariance, from ρ to ρ · floor and from there to 0. On Gaussian priors its mean is exact, and two transitions
+      give the stationary spread to 0.2 %.
 
     With a *learned* denoiser the chain samples the law that the network implies at the smallest ρ, and an error of the
     denoiser that is small against ρ is not small against the ρ² a sweep moves: more sweeps at small ρ sharpen the
@@ -52,32 +68,36 @@ class PnPDM(Solver):
     Args:
         iterations: Gibbs sweeps, spread evenly over log ρ.
         rho_max, rho_min: first and last coupling, in units of the prior's rms scale s.
-        inner: noise levels of a prior step (network evaluations a sweep: 2 inner + 1).
-        floor: last noise level of a prior step over ρ.
+        inner: transitions of a prior step (network evaluations a sweep: 2 inner).
+        floor: level over ρ from which the last transition goes to 0.
         hold: extra sweeps at rho_min.
+        leaps: leapfrog steps (or walks) of a likelihood step that is not linear-Gaussian.
 
-    Cost a sample: (iterations + hold) · (2 inner + 1) network passes without gradients, as many solves. Needs
-    `HasDenoiser`, an affine transform, linear-Gaussian terms.
+    Cost a sample: (iterations + hold) · 2 inner network passes without gradients, and as many solves, or leaps + 1
+    gradients of the physics, as sweeps. Needs `HasDenoiser`; for an exact likelihood step an affine transform.
     """
 
     iterations: int = 60
     rho_max: float = 3.0
     rho_min: float = 0.01
     inner: int = 4
-    floor: float = 0.05
+    floor: float = 0.25
     hold: int = 0
+    leaps: int = 10
 
     needs: ClassVar[tuple[type, ...]] = (HasDenoiser,)
     kind: ClassVar[str] = "approximate"
+    turn: ClassVar[float] = 0.5 * math.pi  # what a Hamiltonian trajectory turns at the most
 
     def __post_init__(self) -> None:
-        if self.iterations < 2 or self.inner < 1 or self.hold < 0:
+        name = type(self).__name__
+        if self.iterations < 2 or self.inner < 1 or self.hold < 0 or self.leaps < 1:
             raise ValueError(
-                f"PnPDM needs iterations >= 2, inner >= 1 and hold >= 0, got {self.iterations}, {self.inner}, {self.hold}."
+                f"{name} needs iterations >= 2, inner >= 1, hold >= 0 and leaps >= 1, got {self.iterations}, {self.inner}, {self.hold}, {self.leaps}."
             )
         if not (0 < self.rho_min < self.rho_max and 0 < self.floor < 1):
             raise ValueError(
-                f"PnPDM needs 0 < rho_min < rho_max and 0 < floor < 1, got {self.rho_min}, {self.rho_max}, {self.floor}."
+                f"{name} needs 0 < rho_min < rho_max and 0 < floor < 1, got {self.rho_min}, {self.rho_max}, {self.floor}."
             )
 
     @classmethod
@@ -85,9 +105,15 @@ class PnPDM(Solver):
         """Cheap instances for the conformance tests."""
         return [cls(iterations=15, inner=3), cls(iterations=8, inner=2, hold=2)]
 
+    @classmethod
+    def exam(cls) -> dict[str, Solver]:
+        """Settings meant to be accurate."""
+        return {"": cls(iterations=1000, inner=2, floor=0.5, rho_min=0.004, hold=50)}
+
     def check(self, problem: InverseProblem) -> None:
         super().check(problem)
-        check_diffusion_problem(self, problem, linear_only=True)
+        check_data_step(self, problem, gradient=False, nuisance=True)
+        check_nuisance(self, problem)
 
     def num_steps(self, problem: InverseProblem) -> int:
         return self.iterations + self.hold
@@ -100,61 +126,74 @@ class PnPDM(Solver):
 
     def init(self, problem: InverseProblem, rng: Streams) -> dict[str, Tensor]:
         xi = rng.normal(problem.model_shape, dtype=problem.dtype, tag="start")
-        start = problem.prior.denoise(torch.zeros_like(xi), 1e2 * math.sqrt(prior_variance(problem)))
+        scale = math.sqrt(prior_variance(problem))
+        u = prior_centre(problem, xi, 1e2 * scale) + scale * xi
         zero = xi.new_zeros(xi.shape[0])
-        return {
-            "u": start + math.sqrt(prior_variance(problem)) * xi,
+        state = {
+            "u": u,
             "k": torch.zeros((), dtype=torch.long),
+            **start_nuisance(problem, zero),
             "stat_residual": zero,
             "stat_unconverged": zero.clone(),
         }
+        if not has_exact_step(problem):
+            theta = nuisance_values(problem, state.get("nuisance"))
+            state |= {
+                "z": u,
+                "log_step": first_step(problem, u, theta, scale, rng),
+                "trajectories": torch.zeros((), dtype=torch.long),
+                "stat_acceptance": zero.clone(),
+            }
+        return state
 
     def step(self, problem: InverseProblem, state: dict[str, Tensor], rng: Streams) -> dict[str, Tensor]:
-        rho = self.coupling(problem, int(state["k"]))
-        z, residual, missed = likelihood_step(problem, state["u"], rho, rng)
-        u = self._prior_step(problem, z, rho, rng)
-        return {
-            "u": u,
-            "k": state["k"] + 1,
-            "stat_residual": torch.maximum(state["stat_residual"], residual),
-            "stat_unconverged": state["stat_unconverged"] + missed,
-        }
+        return self._sweep(problem, state, self.coupling(problem, int(state["k"])), rng)[0]
 
-    @torch.no_grad()
-    def _prior_step(self, problem: InverseProblem, z: Tensor, rho: float, rng: Streams) -> Tensor:
-        denoise = problem.prior.denoise
-        ratio = self.floor ** (1 / self.inner)
-        u, now = z, rho
-        for _ in range(self.inner):
-            after = now * ratio
-            noisy = math.sqrt(2 * now**2 - after**2)
-            u = u + math.sqrt(now**2 - after**2) * rng.normal(problem.model_shape, dtype=u.dtype, tag="prior")
-            slope = (u - denoise(u, noisy)) / noisy
-            ahead = u + (after - noisy) * slope
-            slope = 0.5 * (slope + (ahead - denoise(ahead, after)) / after)
-            u, now = u + (after - noisy) * slope, after
-        return problem.prior.denoise(u, now)
+    def _sweep(
+        self, problem: InverseProblem, state: dict[str, Tensor], rho: float, rng: Streams
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """z given u, theta given z, u given z: the next state, and z."""
+        adapt = int(state["k"]) < self.iterations
+        state = {**state, "k": state["k"] + 1}
+        z = self._likelihood_step(problem, state, rho, rng, adapt=adapt)
+        if "nuisance" in state:
+            state["nuisance"], state["nuisance_step"] = nuisance_step(
+                problem, z, state["nuisance"], state["nuisance_step"], rng, gain=_GAIN if adapt else 0.0
+            )
+        state["u"] = reverse_draw(problem, z, rho, rng, steps=self.inner, floor=self.floor)
+        return state, z
+
+    def _likelihood_step(
+        self, problem: InverseProblem, state: dict[str, Tensor], rho: float, rng: Streams, *, adapt: bool
+    ) -> Tensor:
+        """z given u; its figures, and what the next step needs, are written into the state."""
+        theta = nuisance_values(problem, state.get("nuisance"))
+        if "z" not in state:
+            z, residual, missed = likelihood_step(problem, state["u"], rho, rng, **theta)
+            state["stat_residual"] = torch.maximum(state["stat_residual"], residual)
+            state["stat_unconverged"] = state["stat_unconverged"] + missed
+            return z
+        state["z"], state["log_step"], accepted = metropolis_step(
+            problem,
+            state["z"],
+            state["u"],
+            rho,
+            state["log_step"],
+            theta,
+            rng,
+            leaps=self.leaps,
+            angle=self.turn,
+            gain=_GAIN if adapt else 0.0,
+        )
+        state["trajectories"] = state["trajectories"] + 1
+        mean = state["stat_acceptance"]
+        state["stat_acceptance"] = mean + (accepted - mean) / state["trajectories"]
+        return state["z"]
 
     def finish(self, problem: InverseProblem, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"x": problem.prior.transform(state["u"]), **{k: v for k, v in state.items() if k.startswith("stat_")}}
-
-
-@torch.no_grad()
-def likelihood_step(problem: InverseProblem, u: Tensor, rho: float, rng: Streams) -> tuple[Tensor, Tensor, Tensor]:
-    """An exact draw of p(z | u, d) ∝ exp(−|u − z|²/2ρ²) p(d | z): perturb both, solve.
-
-    Returns:
-        z like u; the relative residual of the solve and 1 where it did not converge, `(batch,)` each.
-    """
-    system = problem.linear_gaussian("u")
-    A, data, R = system.operator, system.data, system.R
-    near = u + rho * rng.normal(problem.model_shape, dtype=u.dtype, tag="near")
-    white = rng.normal(getattr(R, "noise_shape", A.data_shape), dtype=data.dtype, tag="data")
-    target, R = data + R.sqrt(white), system.R_update
-    if math.prod(A.data_shape) <= math.prod(A.model_shape):
-        solved = A.solve(target - A(near), R, rho**2)
-        z = near + rho**2 * A.adjoint(solved.x)
-    else:
-        solved = A.solve_model(A.adjoint(R.solve(target - A(near))), R, rho**2)
-        z = near + solved.x
-    return z, solved.residual, (~solved.converged).to(u.dtype)
+        theta = nuisance_values(problem, state.get("nuisance"))
+        return {
+            "x": problem.prior.transform(state["u"]),
+            **{f"theta_{name}": value for name, value in theta.items()},
+            **{k: v for k, v in state.items() if k.startswith("stat_")},
+        }
