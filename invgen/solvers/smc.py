@@ -18,7 +18,7 @@ from invgen.driver import Streams
 from invgen.linalg import inner
 from invgen.problem import InverseProblem
 from invgen.schedules import sigma_schedule
-from invgen.solvers import twisted
+from invgen.solvers import _twisted as twisted
 from invgen.solvers._linearised import solve_in_data
 from invgen.solvers._measured import log_constant, log_determinant
 from invgen.solvers._particles import bookkeeping, in_blocks, last_draw, owners, pick, resample, share

@@ -201,7 +201,7 @@ def test_the_flow_ends_where_the_probability_flow_does():
 @pytest.mark.parametrize("kind", ["plain", "two terms"])
 def test_data_steps_minimise_and_draw_what_they_say(kind):
     """The conditional mean zeroes the gradient of −log q, and draws scatter around it with the inverse of its Hessian."""
-    problem, n, rho = _problem(kind), 3000, 0.7
+    problem, n, rho = _problem(kind), 20000, 0.7
     chunk = problem.select([0] * n, dtype=F64)
     u = torch.linspace(-1, 2, 10, dtype=F64).expand(n, 10)
     system = chunk.linear_gaussian("u")
@@ -249,9 +249,11 @@ def test_red_diff_moves_by_the_gradient_of_its_equation():
         clean = problem.prior.denoise(u + 3.0 * xi.normal((10,), dtype=F64, tag="step"), 3.0)
         rng = Streams(0, [0])
         rng.normal((10,), dtype=F64, tag="step")
-        moved = solver.step(chunk, state, rng)["u"]
+        after = solver.step(chunk, state, rng)
+        moved = after["u"]
         if optimizer == "adam":
             gradient = (u @ A.T - system.data) @ torch.linalg.solve(R, A) + 0.5 / s2 * (u - clean)
+            torch.testing.assert_close(after["m1"], 0.1 * gradient)
             torch.testing.assert_close(moved - u, -0.1 * math.sqrt(s2) * gradient.sign(), rtol=1e-6, atol=1e-6)
         else:
             gradient = (moved @ A.T - system.data) @ torch.linalg.solve(R, A) + 0.5 / s2 * (moved - clean)

@@ -15,6 +15,7 @@ from invgen.priors import GaussianPrior
 from invgen.problem import InverseProblem, Term
 from invgen.solvers import DAPS, DiffPIR, OverrelaxedSplit, PnPDM, REDDiff
 from invgen.solvers._inner import conditional_mean, first_step, metropolis_step, misfit
+from invgen.solvers._nuisance import nuisance_step, start_nuisance
 from invgen.transforms import Affine, Exp
 
 F64 = torch.float64
@@ -235,6 +236,30 @@ def _joint(problem, theta_prior, name, lows, highs, n=401):
     log_p = log_p + theta_prior.log_prob(theta[:, None]) + grid[:, 1]
     p = log_p.softmax(0).reshape(n, n)
     return [(axis, m.cumsum(0) - 0.5 * m) for axis, m in zip(axes, (p.sum(1), p.sum(0)), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["sd", "scale"])
+def test_nuisance_steps_draw_the_conditional_given_the_model(name):
+    n, at = 4000, 0.8
+    prior = GaussianPrior(torch.tensor([0.4], dtype=F64), 0.64)
+    theta_prior = GaussianPrior(torch.tensor([-0.5], dtype=F64), 0.4, transform=Exp())
+    noise = GaussianNoise("sd" if name == "sd" else 0.5)
+    data = torch.tensor([2.4, 1.7], dtype=F64)
+    problem = InverseProblem(data, Scaled(), noise, prior, nuisance={name: theta_prior})
+
+    def log_density(v):
+        theta = {name: v[:, 0].exp()}
+        x = torch.full((len(v), 1), at, dtype=F64)
+        return problem.log_likelihood(x, **theta) + theta_prior.log_prob(v.exp()) + v[:, 0]
+
+    nodes, cdf = _quadrature(log_density, -5, 4)
+    chunk, rng = problem.select([0] * n, dtype=F64), Streams(0, range(n))
+    z = torch.full((n, 1), at, dtype=F64)
+    state = start_nuisance(chunk, z[:, 0])
+    v, step = state["nuisance"], state["nuisance_step"]
+    for k in range(20):
+        v, step = nuisance_step(chunk, z, v, step, rng, gain=0.1 if k < 8 else 0.0)
+    _matches(v, nodes, cdf, 0.005)
 
 
 SOLVERS = [
