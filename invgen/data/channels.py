@@ -46,7 +46,7 @@ class MeanderingChannels(Stream):
         avulsions: mean number of avulsions in 30 widths of valley during the age of a belt; each relocates 8 to 24 widths.
         friction: Chézy-like friction coefficient C_f.
 
-    Cost: 6 to 7 ms of one CPU core for a 64×64 image in blocks of 64 (25 ms alone), 20 ms for 128×128; grows with the age.
+    Cost: about 7 ms of one CPU core for a 64×64 image in blocks of 64 (30 ms alone), 20 ms for 128×128; grows with the age.
 
     Reference: Howard and Knutson (1984), Sufficient conditions for river meandering: a simulation approach, Water
     Resources Research 20(11), 1659–1667, doi:10.1029/WR020i011p01659. What differs from the paper: belts are periodic
