@@ -27,9 +27,7 @@ Rule = Literal["mmps", "pigdm"]
 RULES = ("mmps", "pigdm")
 MMPS_LIMIT = 256  # measured components: a vector–Jacobian product each
 
-Twisted = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # D and σ² ∇ log ĥ like u, log ĥ `(n,)` float64 up to a constant, misfit
+Twisted = tuple[Tensor, Tensor, Tensor]  # D and σ² ∇ log ĥ like u, log ĥ `(n,)` in float64 up to a constant
 
 
 def evaluate(rule: Rule, solver: object, problem: InverseProblem, u: Tensor, owner: Tensor, sigma: float) -> Twisted:
@@ -66,8 +64,7 @@ def _pigdm(solver: object, problem: InverseProblem, u: Tensor, owner: Tensor, si
     residual = system.data[owner] - system.operator(fit)
     weighted = solve_in_data(problem, residual, conditional_variance(problem, sigma)).x
     pull = pull_back(clean, leaf, system.operator.adjoint(weighted))
-    misfit = inner(residual, weighted).double()
-    return fit, sigma**2 * pull, -0.5 * misfit, misfit
+    return fit, sigma**2 * pull, -0.5 * inner(residual, weighted).double()
 
 
 def _mmps(solver: object, problem: InverseProblem, u: Tensor, owner: Tensor, sigma: float) -> Twisted:
@@ -91,7 +88,6 @@ def _mmps(solver: object, problem: InverseProblem, u: Tensor, owner: Tensor, sig
     plain = torch.diag_embed((1 + conditional_variance(problem, sigma) / m.noise.double().square()).sqrt())
     factor = torch.where((failed > 0)[:, None, None], plain, factor)
     weighted = torch.cholesky_solve(residual[..., None], factor)[..., 0]
-    misfit = (residual * weighted).sum(1)
-    log_twist = -0.5 * misfit - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    log_twist = -0.5 * (residual * weighted).sum(1) - factor.diagonal(dim1=1, dim2=2).log().sum(1)
     pull = torch.einsum("nr,nrm->nm", weighted.to(u), products).reshape(u.shape)
-    return fit, sigma**2 * pull, log_twist, misfit
+    return fit, sigma**2 * pull, log_twist

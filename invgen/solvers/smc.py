@@ -148,49 +148,24 @@ class TDS(Solver):
         now, after = self.levels(problem)[int(state["k"]) :][:2]
         if after == 0:
             return self._last(problem, state, rng, now)
-        state = resample(state, rng, self.threshold, ("particles", "clean", "pull", "log_twist", "misfit"))
+        state = resample(state, rng, self.threshold, ("particles", "clean", "pull", "log_twist"))
         u, old = state["particles"], state["log_twist"]
         mean = transition_mean(problem, self.kernel, u.flatten(0, 1), state["clean"].flatten(0, 1), now, after).reshape(
             u.shape
         )
         sd = spread(now, after)
         xi = rng.normal(u.shape[1:], dtype=u.dtype, tag="step")
-        import os
-
-        mode = os.environ.get("DAMP", "0")
-        if mode == "0":
-            shift = (1 - (after / now) ** 2) * state["pull"]
-            clip = float(os.environ.get("CLIP", "0"))
-            if clip:
-                size = shift.square().flatten(2).sum(2).sqrt() / sd
-                shift = shift * (clip / size.clamp_min(clip)).reshape(*size.shape, *(1,) * (u.ndim - 2))
-            ratio = -((xi + shift / (2 * sd)) * (shift / sd)).flatten(2).sum(2).double()
-            twist = self._twist(problem, mean + shift + sd * xi, after)
-        else:
-            g = state["pull"] / now**2
-            g2 = g.square().flatten(2).sum(2)
-            alpha = (1 / (1 + sd**2 * g2 / state["misfit"].to(g2).clamp_min(1e-30))).reshape(
-                *g2.shape, *(1,) * (u.ndim - 2)
-            )
-            shift = sd**2 * alpha * g
-            if mode == "1":
-                ratio = -((xi + shift / (2 * sd)) * (shift / sd)).flatten(2).sum(2).double()
-                twist = self._twist(problem, mean + shift + sd * xi, after)
-            else:
-                gh = g / g2.clamp_min(1e-30).sqrt().reshape(alpha.shape)
-                a = alpha if mode == "2" else alpha.clamp_min(float(mode))
-                xp = xi - (1 - a.sqrt()) * gh * (gh * xi).flatten(2).sum(2).reshape(alpha.shape)
-                ratio = (-0.5 * (shift / sd + xp).square() + 0.5 * xi.square()).flatten(2).sum(
-                    2
-                ).double() + 0.5 * a.flatten(1).log().double()
-                twist = self._twist(problem, mean + shift + sd * xp, after)
+        shift = (1 - (after / now) ** 2) * state["pull"]
+        # log p(u' | u) − log proposal = −(ξ + s/2)·s with s = shift/sd
+        ratio = -((xi + shift / (2 * sd)) * (shift / sd)).flatten(2).sum(2).double()
+        twist = self._twist(problem, mean + shift + sd * xi, after)
         weights = state["log_weights"] + ratio + twist["log_twist"] - old
         return {**state, **twist, "log_weights": weights, "k": state["k"] + 1}
 
     def _twist(self, problem: InverseProblem, particles: Tensor, sigma: float) -> dict[str, Tensor]:
         items, each = particles.shape[:2]
         owner = owners(problem, items, each)
-        clean, pull, log_twist, misfit = in_blocks(
+        clean, pull, log_twist = in_blocks(
             problem,
             lambda u, o: twisted.evaluate(self.twist, self, problem, u, o, sigma),
             particles.flatten(0, 1),
@@ -201,7 +176,6 @@ class TDS(Solver):
             "clean": clean.reshape(particles.shape),
             "pull": pull.reshape(particles.shape),
             "log_twist": log_twist.reshape(items, each),
-            "misfit": misfit.reshape(items, each),
         }
 
     @torch.no_grad()
