@@ -34,7 +34,7 @@ from invgen.driver import DivergenceError
 from invgen.problem import InverseProblem
 from invgen.solvers import TDS, ExactMixture
 
-SOLVER = TDS("pigdm", particles=8192, steps=100)
+SOLVER = TDS("mmps", particles=8192, steps=100)
 SAMPLES, REFERENCE, RUNS, FLOORS, PROJECTIONS = 1000, 10_000, 3, 20, 100
 DATA = (1, 2, 4)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from invgen.covariance import Covariance, as_covariance
 from invgen.grid import Grid
-from invgen.linalg import Solved, cg
+from invgen.linalg import Solved, cg, inner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -159,6 +159,19 @@ class LinearOperator(Operator):
     def normal(self, x: Tensor, R: Covariance | float | Tensor = 1.0) -> Tensor:
         """Aᴴ R⁻¹ A x."""
         return self.adjoint(as_covariance(R, self.data_shape).solve(self(x)))
+
+    def pull_residual(self, x: Tensor, d: Tensor, R: Covariance) -> tuple[Tensor, Tensor]:
+        """Aᴴ R⁻¹ r and rᴴ R⁻¹ r of the residual r = d − A x: the misfit's descent direction, and twice the misfit.
+
+        Args:
+            x: `(batch, *model_shape)`. d: `(batch or 1, *data_shape)`.
+
+        Returns:
+            `(batch, *model_shape)` and `(batch,)`. Cost: one operator and one adjoint.
+        """
+        residual = d - self(x)
+        weighted = R.solve(residual)
+        return self.adjoint(weighted), inner(residual, weighted)
 
     def solve(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Posterior", "versions"]
 
 
-def versions() -> dict[str, str]:
-    """Versions of invgen and of what its numbers depend on."""
+@functools.cache
+def _versions() -> dict[str, str]:
     out = {}
     for name in ("invgen", "torch", "numpy", "scipy", "pylops"):
         try:
@@ -33,6 +34,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             out[name] = "not installed"
     return out
+
+
+def versions() -> dict[str, str]:
+    """Versions of invgen and of what its numbers depend on."""
+    return dict(_versions())
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["Streams"]
 
 _EPOCH = 64  # steps one generator serves: resuming walks over at most so many
-_BLOCK_BYTES = 64 << 20  # numbers held ahead, for each kind of noise
+_BLOCK_BYTES = 2 << 20  # numbers held ahead, for each kind of noise: what stays in a core's cache
 
 _Draw = Callable[[np.random.Generator, np.ndarray], Any]
 
@@ -57,7 +57,7 @@ class Streams:
     def _generator(self, item: tuple[int, ...], key: str, epoch: int) -> np.random.Generator:
         # 128 bits of key: torch's own CPU generator keeps 32 bits of its seed, and 10^5 streams would collide
         digest = hashlib.blake2b(f"{self.seed}|{item}|{key}|{epoch}".encode(), digest_size=16).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+        return np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
 
     def _next(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype, tag: str, draw: _Draw) -> Tensor:
         key = f"{self.salt}|{kind}|{shape}|{dtype}|{tag}"

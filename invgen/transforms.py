@@ -43,6 +43,13 @@ class Transform(Operator):
         """log |det dT/du| of each item, `(batch,)`."""
         raise NotImplementedError
 
+    def within_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which items `(batch,)` T can produce, and x with the others replaced by something that it can.
+
+        For searches in x: the density is zero outside, while `inverse` has nothing to return there.
+        """
+        return torch.ones(len(x), dtype=torch.bool, device=x.device), x
+
 
 class Identity(Transform):
     """x = u."""
@@ -126,6 +133,9 @@ class Exp(Transform):
             raise ValueError(f"The inverse of Exp needs positive values, the smallest given is {float(x.min()):g}.")
         return x.log()
 
+    def within_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _replaced(x, x > 0, 1.0)
+
     def log_det(self, u: Tensor) -> Tensor:
         return u.flatten(1).sum(1)
 
@@ -192,6 +202,9 @@ class Sigmoid(Transform):
         log_down = torch.log(-torch.expm1(-remaining))
         return self.low + (log_up - log_down) / b
 
+    def within_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _replaced(x, (x > self.low) & (x < self.high), 0.5 * (self.low + self.high))
+
     def log_det(self, u: Tensor) -> Tensor:
         b = self.sharpness
         lower, upper = b * (u - self.low), b * (u - self.high)
@@ -229,9 +242,25 @@ class Chain(Transform):
             x = part.inverse(x)  # type: ignore[operator]
         return x
 
+    def within_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        good, x = super().within_range(x)
+        v = x
+        for part in self.parts:
+            fits, v = part.within_range(v)  # type: ignore[operator]
+            good = good & fits
+            v = part.inverse(v)  # type: ignore[operator]
+        for part in reversed(self.parts):  # what replaced a bad item, seen from outside
+            v = part(v)
+        return good, torch.where(good.reshape(-1, *(1,) * (x.ndim - 1)), x, v)
+
     def log_det(self, u: Tensor) -> Tensor:
         total = u.new_zeros(u.shape[0])
         for part in reversed(self.parts):
             total = total + part.log_det(u)  # type: ignore[operator]
             u = part(u)
         return total
+
+
+def _replaced(x: Tensor, entries: Tensor, value: float) -> tuple[Tensor, Tensor]:
+    good = entries.flatten(1).all(1)
+    return good, torch.where(good.reshape(-1, *(1,) * (x.ndim - 1)), x, torch.full_like(x, value))

@@ -208,7 +208,7 @@ def advance(
         keep = ratio**2
         clean = denoise(u, now, 1 - keep)
         spread = after * math.sqrt(1 - keep) if integrator == "ancestral" else math.sqrt(now**2 - after**2)
-        return torch.lerp(clean, u, keep) + spread * noise()
+        return torch.lerp(clean, u, keep).add_(noise(), alpha=spread)
     clean = denoise(u, now, 1 - ratio)
     ahead = torch.lerp(clean, u, ratio)
     if integrator == "heun":

@@ -106,18 +106,30 @@ class DPS:
             "noise rms", lambda: math.sqrt(sum(float(R.mean_variance()) for R in noises) / len(noises))
         )
         leaf, clean = denoise_with_graph(problem, u, sigma)
+        # 2ζ/α² · rms, and the steps divide by |r| / rms
+        size = 2 * self.scale * (1 + sigma**2) / max(gain, 1e-3) * level
+        if problem.is_linear_gaussian:  # the adjoint itself: a graph through an operator costs more than the operator
+            system = problem.linear_gaussian("u")
+            fit = clean.detach()
+            pull, square = system.operator.pull_residual(fit, system.data, system.R)
+            return fit + pull_back(clean, leaf, pull * _wide(_step_factor(square, size), fit)), None
         with torch.enable_grad():
             predictions = [t.operator(clean) for t in terms]
         residuals = [t.data - p.detach() for t, p in zip(terms, predictions, strict=True)]
-        weighted = [R.solve(r) for R, r in zip(noises, residuals, strict=True)]
-        parts = [inner(r, w) for r, w in zip(residuals, weighted, strict=True)]
-        square = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        # a perfect fit has no direction: the smallest float keeps its step zero instead of NaN
-        size = 2 * self.scale * (1 + sigma**2) / max(gain, 1e-3) * level
-        factor = size * (square + torch.finfo(square.dtype).tiny).rsqrt()
-        pull = [w * factor.reshape(-1, *(1,) * (w.ndim - 1)) for w in weighted]
-        (shift,) = torch.autograd.grad(predictions, leaf, pull)
+        parts = [R.solve(r) for R, r in zip(noises, residuals, strict=True)]
+        square = torch.stack([inner(r, w) for r, w in zip(residuals, parts, strict=True)]).sum(0)
+        factor = _step_factor(square, size)
+        (shift,) = torch.autograd.grad(predictions, leaf, [w * _wide(factor, w) for w in parts])
         return clean.detach() + shift, None
+
+
+def _step_factor(square: Tensor, size: float) -> Tensor:
+    # a perfect fit has no direction: the smallest float keeps its step zero instead of NaN
+    return size * (square + torch.finfo(square.dtype).tiny).rsqrt()
+
+
+def _wide(factor: Tensor, like: Tensor) -> Tensor:
+    return factor.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,10 @@ class MAP(Solver):
 
         def objective(v: Tensor) -> Tensor:
             w = v.reshape(-1, *shape)
-            if self.space == "x":
-                return -problem.log_posterior(w)
+            if self.space == "x":  # the density is zero where the transform cannot reach: line searches try such points
+                good, w = prior.transform.within_range(w)
+                value = -problem.log_posterior(w)
+                return torch.where(good, value, torch.full_like(value, math.inf))
             if self.space == "z":
                 return -problem.latent_log_posterior(w)
             return -problem.log_posterior(prior.transform(w)) - prior.transform.log_det(w)

@@ -52,9 +52,10 @@ class TDS(Solver):
 
     Twists, both with a Gaussian p(u0 | u_σ) ≈ N(D, V):
 
-    - "pigdm": V = r² I, r² = σ² s²/(σ² + s²), s² the prior's mean variance. Wide and smooth: best for multimodal priors.
-    - "mmps": V = σ² J, exact for a Gaussian prior, where no weight is left but the chain's: best for unimodal priors.
-      One vector–Jacobian product for each measured component, at most 256 of them.
+    - "mmps": V = σ² J, the covariance of p(u0 | u_σ) itself: no weight but the chain's is left for a Gaussian prior, and
+      modes are weighed rightly early on. One vector–Jacobian product for each measured component, at most 256 of them.
+    - "pigdm": V = r² I, r² = σ² s²/(σ² + s²), s² the prior's mean variance. One product whatever the data; with precise
+      data and separate modes it commits to modes too early and the weights may collapse.
 
     Args:
         twist: see above.
@@ -79,7 +80,7 @@ class TDS(Solver):
         TypeError: a problem that is not linear-Gaussian, or has too many data for "mmps".
     """
 
-    twist: twisted.Rule = "pigdm"
+    twist: twisted.Rule = "mmps"
     particles: int = 4096
     steps: int = 100
     threshold: float = 0.5

@@ -37,7 +37,8 @@ def test_linear_gaussian_map_is_the_closed_form_mean(space, optimizer, iteration
     solver = MAP(space=space, optimizer=optimizer, iterations=iterations, learning_rate=rate, tol=1e-9)
     posterior = solver.solve(problem, 2, dtype=F64)
     assert posterior.kind == "point"
-    torch.testing.assert_close(posterior.samples[:, 0, 0], mean, rtol=0, atol=1e-6)
+    # Adam ends at what its last, small steps leave: a hundred-thousandth of an sd
+    torch.testing.assert_close(posterior.samples[:, 0, 0], mean, rtol=0, atol=1e-6 if optimizer == "lbfgs" else 1e-5)
     assert posterior.stats["objectives"].shape == (3, 1, 1, 2)
     if optimizer == "lbfgs":
         assert bool(posterior.stats["converged"].all())

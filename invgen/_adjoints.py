@@ -1,0 +1,74 @@
+"""The dot test at first use: a wrong adjoint gives wrong posteriors without a sign of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from invgen.contracts import LinearOperator, Operator
+from invgen.linalg import dot_test
+
+if TYPE_CHECKING:
+    from invgen.problem import InverseProblem
+
+__all__: list[str] = []
+
+_ALLOWED = 1e-3  # relative to |A u| |v|; rounding of single precision leaves 1e-5 of long recursions
+
+
+@torch.no_grad()
+def check_adjoints(problem: InverseProblem, dtype: torch.dtype, device: torch.device) -> None:
+    """Test every linear operator of a problem once in its life.
+
+    Args:
+        dtype, device: of the run.
+
+    Raises:
+        ValueError: ⟨A u, v⟩ and ⟨u, Aᴴ v⟩ differ; names the innermost operator whose adjoint is wrong.
+
+    Cost: one operator and one adjoint on one item, the first time a solver meets the operator.
+    """
+    for term in problem.terms:
+        for operator in _outermost(term.operator):
+            if operator.__dict__.get("_adjoint_checked"):
+                continue
+            error = _mismatch(operator, dtype, device)
+            if error > _ALLOWED:
+                _name(operator, error, dtype, device)
+            operator.__dict__["_adjoint_checked"] = True
+
+
+def _outermost(operator: Operator) -> list[LinearOperator]:
+    if isinstance(operator, LinearOperator):
+        return [operator]
+    return [o for child in operator.children() if isinstance(child, Operator) for o in _outermost(child)]
+
+
+def _mismatch(operator: LinearOperator, dtype: torch.dtype, device: torch.device) -> float:
+    """The dot test for a random u and v = A u/|A u| + a random unit vector, so that factors show; 0 where not finite."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...], like: torch.dtype) -> Tensor:
+        return torch.randn(1, *shape, generator=generator, dtype=like).to(device)
+
+    u = draw(operator.model_shape, dtype)
+    try:
+        image = operator(u)
+    except (TypeError, RuntimeError, ValueError) as refused:  # the run itself reports what the operator cannot take
+        del refused
+        return 0.0
+    noise = draw(operator.data_shape, image.dtype)
+    v = image / image.norm().clamp_min(1e-30) + noise / noise.norm()
+    error = dot_test(lambda _: image, operator.adjoint, u, v)
+    return error if error == error else 0.0  # a NaN is the business of the solvers
+
+
+def _name(operator: LinearOperator, error: float, dtype: torch.dtype, device: torch.device) -> None:
+    for child in operator.children():
+        if isinstance(child, LinearOperator) and (inner := _mismatch(child, dtype, device)) > _ALLOWED:
+            _name(child, inner, dtype, device)
+    raise ValueError(
+        f"The adjoint of {type(operator).__name__} is not that of its forward: the dot test is off by {error:.2g}, and rounding explains {_ALLOWED:g}; correct {type(operator).__name__}.adjoint."
+    )
