@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from invgen._covariance import Covariance, Scalar, scale_factor
+from invgen.fourier import filter_real
 
 __all__ = ["Stationary"]
 
@@ -81,11 +82,8 @@ class Stationary(Covariance):
             gain = self.spectrum[..., : self.padded[-1] // 2 + 1] if half else self.spectrum
             self._gains[key] = (gain**power).to(device=v.device, dtype=v.real.dtype)
         if half:
-            out = torch.fft.irfftn(
-                torch.fft.rfftn(v, s=self.padded, dim=axes) * self._gains[key], s=self.padded, dim=axes
-            )
-        else:
-            out = torch.fft.ifftn(torch.fft.fftn(v, s=self.padded, dim=axes) * self._gains[key], dim=axes)
+            return filter_real(v, self._gains[key], self.padded)
+        out = torch.fft.ifftn(torch.fft.fftn(v, s=self.padded, dim=axes) * self._gains[key], dim=axes)
         return out if self.periodic else out[(..., *(slice(n) for n in self.shape[1:]))]
 
     def _require_solve(self, what: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from invgen.contracts import LinearOperator
 from invgen.covariance import Covariance, Diagonal, Scalar, Stationary, as_covariance
+from invgen.fourier import filter_real, half_of
 from invgen.grid import Grid
 from invgen.linalg import Solved, inner
 from invgen.operators._casts import Casts
@@ -216,15 +217,12 @@ class Convolution(LinearOperator):
         return torch.fft.fftn(placed)
 
     def _apply_transfer(self, v: Tensor, conjugate: bool) -> Tensor:
-        if v.is_complex():
-            K = self._casts("full", v, self._transfer)
-            out = torch.fft.ifftn(
-                torch.fft.fftn(v, s=self.padded, dim=self._axes) * (K.conj() if conjugate else K), dim=self._axes
-            )
-        else:
-            K = self._casts("half", v, lambda: self._transfer()[..., : self.padded[-1] // 2 + 1])
-            spectrum = torch.fft.rfftn(v, s=self.padded, dim=self._axes) * (K.conj() if conjugate else K)
-            out = torch.fft.irfftn(spectrum, s=self.padded, dim=self._axes)
+        if not v.is_complex():
+            K = self._casts("half", v, lambda: half_of(self._transfer()))
+            return filter_real(v, K.conj() if conjugate else K, self.padded)
+        K = self._casts("full", v, self._transfer)
+        spectrum = torch.fft.fftn(v, s=self.padded, dim=self._axes) * (K.conj() if conjugate else K)
+        out = torch.fft.ifftn(spectrum, dim=self._axes)
         return out if self.padded == self.spatial else out[(..., *(slice(n) for n in self.spatial))]
 
     def forward(self, x: Tensor, **theta: Tensor) -> Tensor:
@@ -241,7 +239,7 @@ class Convolution(LinearOperator):
         items = self._items(x, self.model_shape, "The model given to Convolution.pull_residual")
         self.forward_count += items
         self.adjoint_count += items
-        K = self._casts("half", x, lambda: self._transfer()[..., : self.padded[-1] // 2 + 1])
+        K = self._casts("half", x, lambda: half_of(self._transfer()))
         residual = torch.fft.rfftn(x, dim=self._axes).mul_(-K).add_(torch.fft.rfftn(d, dim=self._axes))
         # Parseval: every column but the first, and the last of an even length, stands for its mirror image too
         own = residual[..., :: residual.shape[-1] - 1] if self.spatial[-1] % 2 == 0 else residual[..., :1]
@@ -267,9 +265,7 @@ class Convolution(LinearOperator):
         power = self._casts("power", v.real, lambda: self._transfer().abs().square())
         if v.is_complex():
             return torch.fft.ifftn(torch.fft.fftn(v, dim=self._axes) * gain(power, r, c), dim=self._axes)
-        half = self.spatial[-1] // 2 + 1
-        parts = (t[..., :half] if t.ndim and t.shape[-1] > 1 else t for t in (power, r, c))
-        return torch.fft.irfftn(torch.fft.rfftn(v, dim=self._axes) * gain(*parts), s=self.spatial, dim=self._axes)
+        return filter_real(v, gain(*(half_of(t) for t in (power, r, c))), self.spatial)
 
     def solve(self, rhs: Tensor, R: Any, C: Any, **options: Any) -> Solved:
         """(R + A C Aᴴ)⁻¹ rhs: direct for a periodic boundary and covariances with a spectrum, otherwise CG."""

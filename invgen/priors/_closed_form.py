@@ -16,6 +16,7 @@ from torch import Tensor
 
 from invgen.contracts import check_batch
 from invgen.covariance import Covariance, Dense, Diagonal, Scalar, Stationary
+from invgen.fourier import filter_real, half_of
 from invgen.grid import Grid
 from invgen.transforms import Identity, Transform
 
@@ -121,6 +122,7 @@ class Eigen:
     def __init__(self, covariance: Covariance) -> None:
         self.shape = covariance.shape
         self.vectors: Tensor | None = None
+        self.padded: tuple[int, ...] = ()  # of a spectrum that is a filter of real fields
         self._casts: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor | None]] = {}
         self.analyse: Callable[[Tensor], Tensor] = lambda v: v
         self.synthesise: Callable[[Tensor], Tensor] = lambda v: v
@@ -131,6 +133,7 @@ class Eigen:
             axes = tuple(range(-len(covariance.padded), 0))
             self.analyse = lambda v: torch.fft.fftn(v, dim=axes)
             self.synthesise = lambda v: torch.fft.ifftn(v, dim=axes).real
+            self.padded = covariance.padded if covariance.even else ()
         else:
             dense = closest_dense(covariance, "The eigendecomposition")
             values, self.vectors = torch.linalg.eigh((dense.matrix * dense.factor).double())
@@ -143,6 +146,8 @@ class Eigen:
         if key not in self._casts:
             self._casts[key] = (self.values.to(v), None if self.vectors is None else self.vectors.to(v))
         values, vectors = self._casts[key]
+        if self.padded and not v.is_complex():
+            return filter_real(v, half_of(gain(values)), self.padded)
         if vectors is None:
             return self.synthesise(gain(values) * self.analyse(v))
         wide = gain(values.reshape(1, *(1,) * (v.ndim - 2), -1))
