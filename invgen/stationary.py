@@ -82,7 +82,7 @@ class Stationary(Covariance):
             gain = self.spectrum[..., : self.padded[-1] // 2 + 1] if half else self.spectrum
             self._gains[key] = (gain**power).to(device=v.device, dtype=v.real.dtype)
         if half:
-            return filter_real(v, self._gains[key], self.padded)
+            return filter_real(v, self._gains[key], self.padded, self.shape[1:])
         out = torch.fft.ifftn(torch.fft.fftn(v, s=self.padded, dim=axes) * self._gains[key], dim=axes)
         return out if self.periodic else out[(..., *(slice(n) for n in self.shape[1:]))]
 

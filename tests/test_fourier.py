@@ -21,7 +21,7 @@ def test_values_and_derivatives(spatial, padded, phase):
         return filter_real(x, gain, padded)
 
     def plain(x):
-        return _filter(x, gain, padded)
+        return _filter(x, gain, padded, spatial)
 
     torch.testing.assert_close(fast(v), plain(v))
     for mode in (torch.func.vjp, torch.func.jvp):
@@ -39,8 +39,16 @@ def test_gains_have_derivatives_too(forward_mode):
     sigma = torch.tensor(0.7, dtype=F64)
 
     def energy(function, s):
-        return function(v, torch.ones(6, 3, dtype=F64) / (1 + s**2), (6, 4)).square().sum()
+        return function(v, torch.ones(6, 3, dtype=F64) / (1 + s**2), (6, 4), (6, 4)).square().sum()
 
     one = torch.ones_like(sigma)
     take = (lambda f: torch.func.jvp(f, (sigma,), (one,))[1]) if forward_mode else (lambda f: torch.func.grad(f)(sigma))
     torch.testing.assert_close(take(lambda s: energy(filter_real, s)), take(lambda s: energy(_filter, s)))
+
+
+def test_one_field_may_meet_a_gain_an_item():
+    v = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(2), dtype=F64).requires_grad_()
+    gains = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=F64)
+    found = torch.autograd.grad(filter_real(v, gains, (4, 6), (3, 5)).square().sum(), v)
+    expected = torch.autograd.grad(_filter(v, gains, (4, 6), (3, 5)).square().sum(), v)
+    torch.testing.assert_close(found, expected)
