@@ -40,7 +40,7 @@ def has_gradient(problem: InverseProblem) -> bool:
 
 
 def check_data_step(solver: Solver, problem: InverseProblem, *, gradient: bool, nuisance: bool) -> None:
-    """Raise a TypeError for noise without a density and, where the solver cannot treat them, for black boxes or nuisance."""
+    """Raise a TypeError for black boxes and nuisance parameters, where the solver cannot treat them."""
     name = type(solver).__name__
     if problem.nuisance and not nuisance:
         raise TypeError(

@@ -175,12 +175,21 @@ def _warn(solver: object, smallest: Tensor, particles: int) -> None:
 COLLAPSE = 0.005  # effective size over particles below which a run warns
 
 
+_CACHED = 1 << 18  # numbers
+
+
 def in_blocks(
     problem: InverseProblem, function: Callable[..., tuple[Tensor, ...]], *values: Tensor
 ) -> tuple[Tensor, ...]:
-    """Apply a function to `(n, …)` tensors by blocks of as many particles as the driver gives a chunk, and join."""
-    n = len(values[0])
-    size = default_chunk(problem.model_shape, values[0].device)
+    """Apply a function to `(n, …)` tensors by blocks, and join.
+
+    A block is at most what the driver gives a chunk; on a CPU it fits a core's cache too, which is what the many
+    elementwise operations on thousands of particles cost (8192 in 800 dimensions: half the time).
+    """
+    n, device = len(values[0]), values[0].device
+    size = default_chunk(problem.model_shape, device)
+    if device.type == "cpu":
+        size = min(size, max(1, _CACHED // math.prod(problem.model_shape)))
     if n <= size:
         return function(*values)
     parts = [function(*(v[i : i + size] for v in values)) for i in range(0, n, size)]

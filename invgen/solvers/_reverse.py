@@ -28,6 +28,11 @@ from invgen.problem import InverseProblem
 _EPSILON = 0.25
 
 
+def transition_levels(sigma: float, steps: int, floor: float) -> list[float]:
+    """The noise levels at which `reverse_draw` calls the denoiser."""
+    return [sigma * floor ** (i / max(steps - 1, 1)) for i in range(steps)]
+
+
 @torch.no_grad()
 def reverse_draw(
     problem: InverseProblem, u: Tensor, sigma: float, rng: Streams, *, steps: int, floor: float, tag: str = "prior"

@@ -18,6 +18,7 @@ from σ to σ', and by p(u0 | u) = N(u0; D(u), σ_min² I) at the end. Two means
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -36,6 +37,12 @@ KERNELS = ("heun", "ancestral")
 def spread(now: float, after: float) -> float:
     """√c, the standard deviation of a transition."""
     return after * math.sqrt(1 - (after / now) ** 2)
+
+
+def network_levels(kernel: Kernel, levels: list[float]) -> list[float]:
+    """The noise levels at which a chain of `levels` calls the denoiser."""
+    down = [after**2 / now for now, after in itertools.pairwise(levels) if after > 0]
+    return sorted({*levels, *(down if kernel == "heun" else [])} - {0.0}, reverse=True)
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ from invgen.solvers._inner import (
     prior_centre,
 )
 from invgen.solvers._linearised import from_reals, over_reals
-from invgen.solvers._reverse import reverse_draw
-from invgen.solvers.diffusion import check_diffusion_problem
+from invgen.solvers._reverse import reverse_draw, transition_levels
+from invgen.solvers.diffusion import check_diffusion_problem, check_start, name_bad_level
 from invgen.solvers.guidance import prior_variance, start_level
 
 __all__ = ["DAPS"]
@@ -130,6 +130,7 @@ class DAPS(Solver):
             check_diffusion_problem(self, problem, linear_only=True)
         else:
             check_data_step(self, problem, gradient=True, nuisance=False)
+        check_start(self, problem, self.sigma_max)
 
     def num_steps(self, problem: InverseProblem) -> int:
         return self.levels
@@ -191,10 +192,12 @@ class DAPS(Solver):
     @torch.no_grad()
     def _flow(self, problem: InverseProblem, u: Tensor, sigma: float) -> Tensor:
         """Euler steps of du/dσ = (u − D)/σ from sigma to 0, spaced like EDM's; the last returns D."""
-        levels = [sigma * (1 - i / self.ode_steps) ** 7 for i in range(self.ode_steps + 1)]
-        for now, after in itertools.pairwise(levels):
+        for now, after in itertools.pairwise([*self._flow_levels(sigma), 0.0]):
             u = torch.lerp(problem.prior.denoise(u, now), u, after / now)
         return u
+
+    def _flow_levels(self, sigma: float) -> list[float]:
+        return [sigma * (1 - i / self.ode_steps) ** 7 for i in range(self.ode_steps)]
 
     def _tweedie_draw(self, problem: InverseProblem, u: Tensor, sigma: float, rng: Streams) -> tuple[Tensor, Tensor]:
         system = problem.linear_gaussian("u")
@@ -221,4 +224,11 @@ class DAPS(Solver):
         return draw + spread(A.solve(from_reals(solved.x, misfit), R, r2).x), solved.residual
 
     def finish(self, problem: InverseProblem, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        tweedie = self.conditional == "tweedie"
+        levels = [
+            s
+            for sigma in self.schedule(problem)[:-1]
+            for s in (transition_levels(sigma, self.inner, self.floor) if tweedie else self._flow_levels(sigma))
+        ]
+        name_bad_level(self, problem, state["u"], levels)
         return {"x": problem.prior.transform(state["u"]), **{k: v for k, v in state.items() if k.startswith("stat_")}}

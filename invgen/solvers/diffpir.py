@@ -15,6 +15,7 @@ from invgen.problem import InverseProblem
 from invgen.schedules import sigma_schedule
 from invgen.solvers._descent import lbfgs_step, start
 from invgen.solvers._inner import check_data_step, conditional_mean, has_exact_step, misfit, prior_centre
+from invgen.solvers.diffusion import check_start, name_bad_level
 from invgen.solvers.guidance import start_level
 
 __all__ = ["DiffPIR"]
@@ -80,6 +81,7 @@ class DiffPIR(Solver):
     def check(self, problem: InverseProblem) -> None:
         super().check(problem)
         check_data_step(self, problem, gradient=True, nuisance=False)
+        check_start(self, problem, self.sigma_max)
 
     def num_steps(self, problem: InverseProblem) -> int:
         return self.steps
@@ -119,6 +121,7 @@ class DiffPIR(Solver):
         return {"u": fit, "k": state["k"] + 1, "stat_residual": worst, "stat_unconverged": missed}
 
     def finish(self, problem: InverseProblem, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        name_bad_level(self, problem, state["u"], self.schedule(problem))
         return {"x": problem.prior.transform(state["u"]), **{k: v for k, v in state.items() if k.startswith("stat_")}}
 
 

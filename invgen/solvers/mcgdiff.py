@@ -15,8 +15,8 @@ from invgen.problem import InverseProblem
 from invgen.schedules import sigma_schedule
 from invgen.solvers._measured import Measured, factors, log_constant, measured
 from invgen.solvers._particles import bookkeeping, in_blocks, last_draw, owners, pick, resample, share
-from invgen.solvers._transitions import KERNELS, Kernel, spread, transition_mean
-from invgen.solvers.diffusion import check_diffusion_problem, check_start, prior_mean
+from invgen.solvers._transitions import KERNELS, Kernel, network_levels, spread, transition_mean
+from invgen.solvers.diffusion import check_diffusion_problem, check_start, name_bad_level, prior_mean
 from invgen.solvers.guidance import start_level
 
 __all__ = ["MCGDiff"]
@@ -78,10 +78,13 @@ class MCGDiff(Solver):
     linear-Gaussian terms with an SVD: `operator.svd()` under noise of one variance, or at most 2²⁴ entries.
 
     Measured on the 16-d Gaussian of the exam, noise 0.05 / 0.3 / 1: mean error 0.06 / 0.08 / 0.10, sd ratio 1.00 / 0.98 / 0.97,
-    coverage 0.90 / 0.89 / 0.89.
+    coverage 0.90 / 0.89 / 0.89. Data that the prior hardly expects (3 sd out, correlated unknowns): sets of 8192 particles
+    disagree by 0.3 posterior sd and 0.6 in the log-evidence while every effective size stays above a quarter: what is
+    lost early does not show in the weights. Compare seeds, or use `TDS`.
 
     Raises:
         TypeError: a problem that is not linear-Gaussian, or an operator without SVD that is too large to be built.
+        DivergenceError: a denoiser that is not finite at a noise level, which is named.
     """
 
     particles: int = 4096
@@ -198,7 +201,9 @@ class MCGDiff(Solver):
         guide = _Guide(measured(self, problem, mean), tau, owners(problem, len(rng), 1), sigma, 0.0)
         u = guide.move(mean, sigma, rng.normal(problem.model_shape, dtype=mean.dtype, tag="last"))
         valid = out.pop("valid").reshape(-1, *(1,) * (u.ndim - 1))
-        out["x"] = problem.prior.transform(torch.where(valid, u, torch.full_like(u, torch.nan)))
+        u = torch.where(valid, u, torch.full_like(u, torch.nan))
+        name_bad_level(self, problem, u, network_levels(self.kernel, self.plan(problem).levels))
+        out["x"] = problem.prior.transform(u)
         return out
 
 

@@ -20,6 +20,7 @@ from invgen.solvers._inner import (
     misfit_and_gradient,
     prior_centre,
 )
+from invgen.solvers.diffusion import check_start, name_bad_level
 from invgen.solvers.guidance import prior_variance, start_level
 
 __all__ = ["REDDiff"]
@@ -88,6 +89,7 @@ class REDDiff(Solver):
     def check(self, problem: InverseProblem) -> None:
         super().check(problem)
         check_data_step(self, problem, gradient=True, nuisance=False)
+        check_start(self, problem, self.sigma_max)
         if self.optimizer == "solve" and not has_exact_step(problem):
             raise TypeError(
                 'REDDiff(optimizer="solve") needs linear operators, Gaussian noise and an affine transform; use optimizer="adam".'
@@ -137,4 +139,5 @@ class REDDiff(Solver):
         return state
 
     def finish(self, problem: InverseProblem, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        name_bad_level(self, problem, state["u"], self.schedule(problem))
         return {"x": problem.prior.transform(state["u"]), **{k: v for k, v in state.items() if k.startswith("stat_")}}

@@ -7,6 +7,7 @@ approximation of it, the twist, and weighted so that the twist leaves no trace.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,8 +23,8 @@ from invgen.solvers import _twisted as twisted
 from invgen.solvers._linearised import solve_in_data
 from invgen.solvers._measured import log_constant, log_determinant
 from invgen.solvers._particles import bookkeeping, in_blocks, last_draw, owners, pick, resample, share
-from invgen.solvers._transitions import KERNELS, Kernel, spread, transition_mean, widened_start
-from invgen.solvers.diffusion import check_diffusion_problem, check_start, prior_mean
+from invgen.solvers._transitions import KERNELS, Kernel, network_levels, spread, transition_mean, widened_start
+from invgen.solvers.diffusion import check_diffusion_problem, check_start, name_bad_level, prior_mean
 from invgen.solvers.guidance import start_level
 
 __all__ = ["TDS"]
@@ -78,6 +79,7 @@ class TDS(Solver):
 
     Raises:
         TypeError: a problem that is not linear-Gaussian, or has too many data for "mmps".
+        DivergenceError: a denoiser that is not finite at a noise level, which is named.
     """
 
     twist: twisted.Rule = "mmps"
@@ -150,34 +152,33 @@ class TDS(Solver):
         if after == 0:
             return self._last(problem, state, rng, now)
         state = resample(state, rng, self.threshold, ("particles", "clean", "pull", "log_twist"))
-        u, old = state["particles"], state["log_twist"]
-        mean = transition_mean(problem, self.kernel, u.flatten(0, 1), state["clean"].flatten(0, 1), now, after).reshape(
-            u.shape
-        )
-        sd = spread(now, after)
-        xi = rng.normal(u.shape[1:], dtype=u.dtype, tag="step")
-        shift = (1 - (after / now) ** 2) * state["pull"]
-        # log p(u' | u) − log proposal = −(ξ + s/2)·s with s = shift/sd
-        ratio = -((xi + shift / (2 * sd)) * (shift / sd)).flatten(2).sum(2).double()
-        twist = self._twist(problem, mean + shift + sd * xi, after)
-        weights = state["log_weights"] + ratio + twist["log_twist"] - old
-        return {**state, **twist, "log_weights": weights, "k": state["k"] + 1}
+        old, sd = state["log_twist"], spread(now, after)
+        items, each = old.shape
+
+        def move(u: Tensor, clean: Tensor, pull: Tensor, xi: Tensor, owner: Tensor) -> tuple[Tensor, ...]:
+            shift = (1 - (after / now) ** 2) * pull
+            # log p(u' | u) − log proposal = −(ξ + s/2)·s with s = shift/sd
+            s = shift / sd
+            ratio = -inner(xi + 0.5 * s, s).double()
+            moved = transition_mean(problem, self.kernel, u, clean, now, after).add_(shift).add_(xi, alpha=sd)
+            return moved, *twisted.evaluate(self.twist, self, problem, moved, owner, after), ratio
+
+        xi = rng.normal(state["particles"].shape[1:], dtype=state["particles"].dtype, tag="step")
+        flat = (v.flatten(0, 1) for v in (state["particles"], state["clean"], state["pull"], xi))
+        *twist, ratio = in_blocks(problem, move, *flat, owners(problem, items, each))
+        state = {**state, **_by_item(old.shape, *twist), "k": state["k"] + 1}
+        weights = state["log_weights"] + ratio.reshape(items, each) + state["log_twist"] - old
+        return {**state, "log_weights": weights}
 
     def _twist(self, problem: InverseProblem, particles: Tensor, sigma: float) -> dict[str, Tensor]:
         items, each = particles.shape[:2]
-        owner = owners(problem, items, each)
-        clean, pull, log_twist = in_blocks(
+        found = in_blocks(
             problem,
             lambda u, o: twisted.evaluate(self.twist, self, problem, u, o, sigma),
             particles.flatten(0, 1),
-            owner,
+            owners(problem, items, each),
         )
-        return {
-            "particles": particles,
-            "clean": clean.reshape(particles.shape),
-            "pull": pull.reshape(particles.shape),
-            "log_twist": log_twist.reshape(items, each),
-        }
+        return _by_item(particles.shape[:2], particles.flatten(0, 1), *found)
 
     @torch.no_grad()
     def _last(self, problem: InverseProblem, state: dict[str, Tensor], rng: Streams, sigma: float) -> dict[str, Tensor]:
@@ -202,9 +203,19 @@ class TDS(Solver):
         target = data + R.sqrt(rng.normal(getattr(R, "noise_shape", A.data_shape), dtype=data.dtype, tag="data"))
         u = near + sigma**2 * A.adjoint(solve_in_data(problem, target - A(near), sigma**2).x)
         valid = out.pop("valid").reshape(-1, *(1,) * (u.ndim - 1))
-        out["x"] = problem.prior.transform(torch.where(valid, u, torch.full_like(u, torch.nan)))
+        u = torch.where(valid, u, torch.full_like(u, torch.nan))
+        name_bad_level(self, problem, u, network_levels(self.kernel, self.levels(problem)))
+        out["x"] = problem.prior.transform(u)
         evidence = out.pop("log_evidence")
         determinant = log_determinant(self, problem, sigma**2)
         if determinant is not None:
             out["log_evidence"] = evidence + log_constant(problem) - 0.5 * determinant
         return out
+
+
+def _by_item(
+    shape: Sequence[int], particles: Tensor, clean: Tensor, pull: Tensor, log_twist: Tensor
+) -> dict[str, Tensor]:
+    """What belongs to particles, `(items, share, …)` each."""
+    found = {"particles": particles, "clean": clean, "pull": pull, "log_twist": log_twist}
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in found.items()}

@@ -35,7 +35,8 @@ from invgen.solvers._inner import (
     prior_centre,
 )
 from invgen.solvers._nuisance import check_nuisance, nuisance_step, nuisance_values, start_nuisance
-from invgen.solvers._reverse import reverse_draw
+from invgen.solvers._reverse import reverse_draw, transition_levels
+from invgen.solvers.diffusion import name_bad_level
 from invgen.solvers.guidance import prior_variance
 
 __all__ = ["PnPDM"]
@@ -192,6 +193,9 @@ class PnPDM(Solver):
 
     def finish(self, problem: InverseProblem, state: dict[str, Tensor]) -> dict[str, Tensor]:
         theta = nuisance_values(problem, state.get("nuisance"))
+        couplings = [self.coupling(problem, k) for k in range(self.iterations)]
+        levels = [s for rho in couplings for s in transition_levels(rho, self.inner, self.floor)]
+        name_bad_level(self, problem, state["u"], levels)
         return {
             "x": problem.prior.transform(state["u"]),
             **{f"theta_{name}": value for name, value in theta.items()},
