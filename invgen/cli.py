@@ -1,4 +1,4 @@
-"""The command line: `invgen demo | train | sample | invert | report | priors | solvers`.
+"""The command line: `invgen demo | train | sample | evaluate | invert | report | priors | solvers`.
 
 Options of operators, noises and solvers are those of the classes' own signatures. What a person gets wrong ends with exit
 code 2 and one sentence; set INVGEN_DEBUG=1 to see the traceback as well.
@@ -19,8 +19,9 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "invert an embedded seismic section and write a report",
-    "train": "train a diffusion prior on an array or on generated geology, resumable",
+    "train": "train a prior on an array or on generated examples, resumable",
     "sample": "draw from a prior",
+    "evaluate": "compare a prior's draws with held-out examples",
     "invert": "draw from a posterior",
     "report": "write the HTML page of a saved posterior",
     "priors": "list priors, what they can do, and pretrained ones",
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print("usage: invgen COMMAND [options]\n\nBayesian inverse problems with learned priors.\n\ncommands:")
-        print("\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
         print("\n`invgen COMMAND --help` lists its options; `invgen --version` prints the version.")
         return
     if words[0] == "--version":
@@ -126,12 +127,12 @@ def _prior(spec: Any, shape: Sequence[int] | None, allow_import: bool) -> Any:
     """A prior from a pretrained name, a checkpoint or a class, moved to `shape` if given."""
     from invgen._config import build
     from invgen.priors import pretrained
-    from invgen.priors.diffusion import DiffusionPrior
+    from invgen.priors.loading import load_prior
 
     if isinstance(spec, str) and spec in pretrained.available():
         prior: Any = pretrained.load(spec)
     elif isinstance(spec, str) and (spec.endswith(".safetensors") or os.sep in spec or Path(spec).is_file()):
-        prior = DiffusionPrior.load(spec)
+        prior = load_prior(spec)
     elif isinstance(spec, str) and spec.isidentifier() and spec.islower():
         raise ValueError(
             f"There is no pretrained prior {spec!r}; available are: {', '.join(pretrained.available()) or 'none in this installation'}. A checkpoint is given by its path."
@@ -197,6 +198,12 @@ def _sample(words: list[str]) -> None:
     settings = {} if options.steps is None else {"steps": options.steps}
     x = prior.sample(options.n, seed=options.seed, **settings)
     print(f"Wrote {write_array(out, x.cpu().numpy())}: {' × '.join(map(str, x.shape))}.")
+
+
+def _evaluate(words: list[str]) -> None:
+    from invgen._evaluate import evaluate
+
+    print(evaluate(words, _parser, _parse, _prior, _check_device))
 
 
 def _invert(words: list[str]) -> None:

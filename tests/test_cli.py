@@ -162,6 +162,20 @@ def test_sample(capsys: pytest.CaptureFixture[str], here: Path, prior_file: Path
     np.testing.assert_array_equal(first, np.load("g.npy"))
 
 
+def test_evaluate(capsys: pytest.CaptureFixture[str], here: Path, prior_file: Path) -> None:
+    rng = np.random.default_rng(1)
+    np.save("held.npy", rng.standard_normal((12, 1, 16, 16)).astype(np.float32))
+    np.save("seen.npy", rng.standard_normal((9, 16, 16)).astype(np.float32))
+    told = ok(capsys, "evaluate", prior_file, "--data", "held.npy", "--training", "seen.npy", "--out", "page.html")
+    assert "sliced wasserstein" in told
+    assert "nearest training example" in told
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 5
+    assert "DiffusionPrior" in page
+    assert "--n lies between 2 and 6" in refused(capsys, "evaluate", prior_file, "--data", "held.npy", "--n", "7")
+    assert "one size" in refused(capsys, "evaluate", prior_file, "--data", "x.npy")
+
+
 def test_train_on_an_array_and_resume(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     np.save("x.npy", 5 + 2 * np.random.default_rng(1).standard_normal((24, 1, 8, 8)))
     Path("t.yaml").write_text(
@@ -175,7 +189,8 @@ def test_train_on_an_array_and_resume(capsys: pytest.CaptureFixture[str], here: 
     assert "6 steps" in ok(
         capsys, "train", "--config", "t.yaml", "--training.steps", "6", "--out", "p.safetensors", "--no-progress"
     )
-    Path("state.ckpt").write_bytes(Path("state.ckpt").read_bytes()[:1000])
+    for name in ("state.ckpt", "state.ckpt.previous"):
+        Path(name).write_bytes(b"damaged")
     assert "not a complete safetensors" in refused(
         capsys, "train", "--config", "t.yaml", "--out", "p.safetensors", "--no-progress"
     )
