@@ -12,7 +12,7 @@ One solver with the same settings for all columns and seeds, which sees the prio
 with mSW the max-sliced 2-Wasserstein distance over 100 random projections: POT's `max_sliced_wasserstein_distance`
 where it is installed, else the same number by `invgen.diagnostics`. 1 is a sampler as good as independent exact draws.
 
-    python benchmarks/gmm.py [--fast] [--dims 8,80,800] [--seeds 15]
+    python benchmarks/gmm.py [--fast] [--dims 8,80,800] [--data 1,2,4] [--seeds 15]
 
 --fast has d_x = 8 and 3 seeds.
 """
@@ -36,7 +36,6 @@ from invgen.solvers import TDS, ExactMixture
 
 SOLVER = TDS("mmps", particles=8192, steps=100)
 SAMPLES, REFERENCE, RUNS, FLOORS, PROJECTIONS = 1000, 10_000, 3, 20, 100
-DATA = (1, 2, 4)
 
 
 class UnitMixture(DenoiserOnly):
@@ -123,6 +122,7 @@ def main() -> None:
         "A denoiser-only particle sampler on the Gaussian-mixture family of the MCGDiff paper.",
         {
             "--dims": {"default": "8,80,800", "help": "values of d_x"},
+            "--data": {"default": "1,2,4", "help": "values of d_y"},
             "--seeds": {"type": int, "default": 15, "help": "problems of a column"},
         },
     )
@@ -131,7 +131,7 @@ def main() -> None:
     print(f"{SOLVER}\nWasserstein distances by {'POT' if _POT else 'invgen.diagnostics'}", flush=True)
     slowest = (0.0, 0.0)
     for d_x in dims:
-        for d_y in DATA:
+        for d_y in (int(d) for d in bench.args.data.split(",")):
             out = column(d_x, d_y, seeds)
             mean = statistics.fmean(out["ratio"])
             error = statistics.stdev(out["ratio"]) / math.sqrt(seeds)

@@ -75,11 +75,13 @@ class GaussianNoise:
 
     Args:
         sigma: standard deviation: a number, a tensor of the data's shape, or the name of a nuisance parameter.
-        covariance: R itself, instead of sigma.
+        covariance: R itself, instead of sigma: a covariance (a full matrix as `Dense(matrix)`), or a tensor of
+            variances of the data's shape.
         model_error: covariance (or variance) that is added to R: what the physics leaves out.
 
     Raises:
-        ValueError: neither or both of sigma and covariance, a negative or non-finite sigma.
+        ValueError: neither or both of sigma and covariance, a negative or non-finite sigma; on use, a tensor for a
+            covariance that is not of the data's shape.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class GaussianNoise:
     def covariance(self, shape: tuple[int, ...], **theta: Tensor) -> Covariance:
         """R on data of the given shape; with a named sigma, theta must hold it as `(batch,)`."""
         if self._covariance is not None:
-            R = as_covariance(self._covariance, shape)
+            R = _stated(self._covariance, shape, "noise covariance")
         else:
             sigma = self._lookup(theta)
             if isinstance(sigma, Tensor) and sigma.ndim and not isinstance(self.sigma, str):
@@ -110,7 +112,7 @@ class GaussianNoise:
             else:
                 R = Scalar(sigma**2, shape)
         if self.model_error is not None:
-            R = R.plus(as_covariance(self.model_error, shape))
+            R = R.plus(_stated(self.model_error, shape, "model error"))
         return R
 
     def _lookup(self, theta: dict[str, Tensor]) -> float | Tensor:
@@ -142,13 +144,24 @@ class GaussianNoise:
             extra = (
                 None
                 if self.model_error is None
-                else _restrict(as_covariance(self.model_error, tuple(mask.shape)), mask)
+                else _restrict(_stated(self.model_error, tuple(mask.shape), "model error"), mask)
             )
             return GaussianNoise(self.sigma, model_error=extra)
         if self.model_error is not None or self._covariance is not None:
             return GaussianNoise(covariance=_restrict(self.covariance(tuple(mask.shape)), mask))
         sigma = self.sigma
         return GaussianNoise(sigma[mask] if isinstance(sigma, Tensor) and sigma.ndim else sigma)
+
+
+def _stated(value: Any, shape: tuple[int, ...], what: str) -> Covariance:
+    """A covariance as a person states it: a tensor with one row an item would give every sample another noise."""
+    if not isinstance(value, (Covariance, float, int)):
+        value = torch.as_tensor(value)
+        if value.ndim and tuple(value.shape) != tuple(shape):
+            raise ValueError(
+                f"The {what} is an array of the shape {tuple(value.shape)} and the data have {tuple(shape)}; give one variance a datum, or a full matrix as Dense(matrix, {tuple(shape)})."
+            )
+    return as_covariance(value, shape)
 
 
 def _restrict(R: Covariance, mask: Tensor) -> Covariance:

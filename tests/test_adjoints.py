@@ -39,6 +39,11 @@ def test_wrong_adjoint_is_named():
         ExactGaussian().solve(_problem(Doubled()), 2)
 
 
+def test_a_thousandth_is_too_much_in_double_precision():
+    with pytest.raises(ValueError, match="adjoint of Doubled"):
+        ExactGaussian().solve(_problem(Doubled(2.002)), 2, dtype=F64)
+
+
 def test_the_innermost_wrong_operator_is_named():
     chain = MatrixOperator(torch.eye(3, dtype=F64)) @ Doubled(1.5)
     with pytest.raises(ValueError, match="adjoint of Doubled"):

@@ -9,6 +9,10 @@ its own stream of noise, and all num_samples · share particles of an observatio
   a set. Particle j is taken ⌊n W_j⌋ or ⌈n W_j⌉ times and n W_j times on average; order is kept, so that neighbours stay
   relatives and every stretch of the set keeps its share: less noise than n independent draws.
 - Evidence: the product over resampling times of the mean weight since the last one; unbiased for p(d).
+- Ancestors: 1/Σ_a W_a², W_a the weight of all particles that descend from particle a of the start. The effective sample
+  size is that of one moment, and equal weights say nothing of a set whose particles are all cousins; 1/ancestors is about
+  the relative variance of the evidence (Lee & Whiteley 2018, arXiv:1509.00394), and the last particles are hardly better
+  unless the chain forgets where it started.
 """
 
 from __future__ import annotations
@@ -92,8 +96,11 @@ def pick(values: Tensor, chosen: Tensor) -> Tensor:
 def bookkeeping(rng: Streams, log_weights: Tensor) -> State:
     """The entries of a first state that every particle sampler has; log_weights `(items, share)`."""
     zero = log_weights.new_zeros(len(rng))
+    n_sets, each = sets(rng)
+    first = torch.arange(each * log_weights.shape[1], device=log_weights.device).reshape(each, -1)
     return {
         "log_weights": log_weights,
+        "ancestor": first.repeat(n_sets, 1),
         "log_evidence": zero,
         "k": torch.zeros((), dtype=torch.long),
         "stat_ess": zero + math.prod(log_weights.shape) / sets(rng)[0],
@@ -109,7 +116,7 @@ def resample(state: State, rng: Streams, threshold: float, names: Iterable[str])
         state: with the entries of `bookkeeping`. names: what belongs to a particle, `(items, share, …)` each.
 
     Returns:
-        The state with particles picked, weights reset and evidence taken in, where that was due.
+        The state with particles and their ancestors picked, weights reset and evidence taken in, where that was due.
     """
     n_sets, each = sets(rng)
     weights, mean = normalised(state["log_weights"].reshape(n_sets, -1))
@@ -126,7 +133,7 @@ def resample(state: State, rng: Streams, threshold: float, names: Iterable[str])
     here = due[:, None]
     kept = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)
     chosen = torch.where(here, systematic(weights, offset, weights.shape[1]), kept)
-    for name in names:
+    for name in ("ancestor", *names):
         out[name] = pick(state[name], chosen).reshape(state[name].shape)
     gain = torch.where(due, mean, torch.zeros_like(mean)).repeat_interleave(each)
     wide = due.repeat_interleave(each)
@@ -151,20 +158,28 @@ def last_draw(solver: object, state: State, rng: Streams) -> tuple[Tensor, State
     offset = rng.uniform((), dtype=torch.float64, tag="draw").reshape(n_sets, each)[:, 0].to(weights)
     chosen = systematic(weights, offset, each)
     smallest = torch.minimum(state["stat_ess_min"].reshape(n_sets, each)[:, 0], size)
-    _warn(solver, smallest, weights.shape[1])
+    families = torch.zeros_like(weights).scatter_add(1, state["ancestor"].reshape(n_sets, -1), weights)
+    ancestors = effective_size(families)
+    _warn(solver, smallest, ancestors, weights.shape[1])
     wide = size.repeat_interleave(each)
     return chosen, {
         "log_evidence": state["log_evidence"] + mean.repeat_interleave(each),
         "stat_ess": wide,
         "stat_ess_min": smallest.repeat_interleave(each),
+        "stat_ancestors": ancestors.repeat_interleave(each),
         "stat_resamplings": state["stat_resamplings"],
         "stat_particle": chosen.flatten(),
         "valid": torch.isfinite(wide),
     }
 
 
-def _warn(solver: object, smallest: Tensor, particles: int) -> None:
-    collapsed = smallest < max(COLLAPSE * particles, 2.0)
+def _warn(solver: object, smallest: Tensor, ancestors: Tensor, particles: int) -> None:
+    collapsed, related = smallest < max(COLLAPSE * particles, 2.0), ancestors < FAMILIES
+    if particles > 100 and bool(related.any()):
+        warnings.warn(
+            f"{type(solver).__name__}: the {particles} particles of {int(related.sum())} of {len(ancestors)} observations descend from {float(ancestors[related].min()):.2g} of the first ones, whatever their weights are now: the evidence may be wrong by a factor, and other seeds will give other samples; raise particles, or take a twist that knows more (TDS with mmps).",
+            stacklevel=4,
+        )
     if particles > 2 and bool(collapsed.any()):
         warnings.warn(
             f"{type(solver).__name__}: the weights of {int(collapsed.sum())} of {len(smallest)} observations collapsed, to an effective size of {float(smallest[collapsed].min()):.3g} of {particles} particles at the worst; the samples may miss parts of the posterior: raise particles and steps, or take another twist.",
@@ -172,6 +187,7 @@ def _warn(solver: object, smallest: Tensor, particles: int) -> None:
         )
 
 
+FAMILIES = 4.0  # ancestors below which a run warns: a relative error of the evidence above one half
 COLLAPSE = 0.005  # effective size over particles below which a run warns
 
 

@@ -68,7 +68,10 @@ class TDS(Solver):
         rho: warping of the schedule (EDM equation 5); the default is nearly even in log σ.
 
     Returns with the samples: `log_evidence`; `ess`, the effective number of particles at the end, and `ess_min`, the
-    smallest before a resampling; `resamplings`; `particle`. A warning tells of weights that collapsed.
+    smallest before a resampling; `ancestors`, of how many first particles the last ones descend, effectively (1/ancestors
+    is about the relative variance of the evidence); `resamplings`; `particle`; `unconverged`, how many of the last solves of
+    an item and its particles missed their tolerance. A warning tells of weights that collapsed,
+    and of fewer than four ancestors.
 
     Cost: particles · steps network passes (twice that with "heun") with 1 vector–Jacobian product each for "pigdm",
     and one for each measured component for "mmps"; one device synchronisation a step. Needs `HasDenoiser`, an affine
@@ -187,11 +190,12 @@ class TDS(Solver):
         items, each = state["log_twist"].shape
         owner = owners(problem, items, each)
 
-        def explained(clean: Tensor, o: Tensor) -> tuple[Tensor]:
+        def explained(clean: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
             residual = data[o] - A(clean)
-            return (-0.5 * inner(residual, solve_in_data(problem, residual, sigma**2).x).double(),)
+            solved = solve_in_data(problem, residual, sigma**2)
+            return -0.5 * inner(residual, solved.x).double(), (~solved.converged).double()
 
-        (fit,) = in_blocks(problem, explained, state["clean"].flatten(0, 1), owner)
+        fit, missed = in_blocks(problem, explained, state["clean"].flatten(0, 1), owner)
         state = {
             **state,
             "log_weights": state["log_weights"] + fit.reshape(items, each) - state["log_twist"],
@@ -201,7 +205,9 @@ class TDS(Solver):
         near = pick(state["clean"], chosen)
         near = near + sigma * rng.normal(problem.model_shape, dtype=near.dtype, tag="near")
         target = data + R.sqrt(rng.normal(getattr(R, "noise_shape", A.data_shape), dtype=data.dtype, tag="data"))
-        u = near + sigma**2 * A.adjoint(solve_in_data(problem, target - A(near), sigma**2).x)
+        solved = solve_in_data(problem, target - A(near), sigma**2)
+        u = near + sigma**2 * A.adjoint(solved.x)
+        out["stat_unconverged"] = missed.reshape(items, each).sum(1) + (~solved.converged).double()
         valid = out.pop("valid").reshape(-1, *(1,) * (u.ndim - 1))
         u = torch.where(valid, u, torch.full_like(u, torch.nan))
         name_bad_level(self, problem, u, network_levels(self.kernel, self.levels(problem)))

@@ -80,7 +80,7 @@ def test_moments_of_the_gaussian(solver):
     posterior = solver.solve(problem, 1000, seed=3, dtype=F64)
     white = torch.linalg.solve_triangular(root, (posterior.samples[0, 0] - mean[0]).T, upper=False).T
     n = min(1000.0, float(posterior.stats["ess"].min()))
-    bias = 0.12 if isinstance(solver, MCGDiff) else 0.02  # of the schedule, as its docstring says
+    bias = 0.12 if isinstance(solver, MCGDiff) else 0.02  # few ancestors, which ess does not count
     assert float(white.mean(0).abs().max()) < bias + 4.5 / math.sqrt(n)
     values = torch.linalg.eigvalsh(white.T.cov())
     reach = math.sqrt(6 / n) + 4 / math.sqrt(n) + bias
@@ -99,9 +99,10 @@ def test_modes_are_weighed(solver):
 
     wanted, found = shares(exact), shares(posterior.samples[0, 0])
     assert float(wanted.min()) < 0.02 < 0.2 < float(wanted.sort().values[1])  # one mode is out, two compete
-    n = min(1000.0, float(posterior.stats["ess_min"].min()))
+    n = min(1000.0, float(posterior.stats["ancestors"].min()))  # the relative variance of the evidence is 1/n
+    assert n > 20
     assert float((found - wanted).abs().max()) < 4.5 * 0.5 / math.sqrt(n) + 0.02
-    assert abs(float(posterior.log_evidence[0]) - float(ExactMixture().log_evidence(problem)[0])) < 6 / math.sqrt(n)
+    assert abs(float(posterior.log_evidence[0]) - float(ExactMixture().log_evidence(problem)[0])) < 4.5 / math.sqrt(n)
 
 
 def test_collapse_is_reported():
@@ -109,9 +110,7 @@ def test_collapse_is_reported():
     g = torch.Generator().manual_seed(0)
     means = 8 * torch.randint(-2, 3, (25, 8), generator=g).to(F64)
     prior = GaussianMixturePrior([1 / 25] * 25, means, torch.eye(8, dtype=F64).expand(25, 8, 8))
-    problem = InverseProblem(
-        torch.zeros(4, dtype=F64), MatrixOperator(_draw(g, 4, 8)), GaussianNoise(0.01), prior
-    )
+    problem = InverseProblem(torch.zeros(4, dtype=F64), MatrixOperator(_draw(g, 4, 8)), GaussianNoise(0.01), prior)
     with pytest.warns(UserWarning, match=r"TDS: the weights of 1 of 1 observations collapsed, to an effective size of"):
         posterior = TDS("pigdm", particles=1024, steps=12).solve(problem, 16, dtype=F64)
     assert float(posterior.stats["ess_min"].min()) < 6
