@@ -1,93 +1,89 @@
-"""One training loop for every learned prior: resumable, seeded step by step, averaged weights, validation.
+"""One training loop for every learned prior: resumable to the bit, seeded update by update, averaged weights, early stop.
 
-A prior that can be trained offers `training_loss(batch, generator) -> (batch,)` losses and, optionally,
-`validation(batch) -> {name: value}`; data offer `batch(step, size, seed) -> {"x": …}`, a pure function of its
-arguments, so that an interrupted run continues on exactly the numbers it would have seen.
+**What a prior offers.** A prior is a `torch.nn.Module`. With one optimiser it has
+
+    training_loss(batch, generator) -> (batch,)     losses of `batch = {"x": (batch, *shape), …}`,
+
+all randomness drawn from `generator` (on the CPU). A prior that needs several optimisers (a GAN) has instead
+
+    parameter_groups() -> dict[str, list[Parameter]]      e.g. {"critic": […], "generator": […]}; no parameter in two
+    losses(name, batch, generator) -> (batch,)            what group `name` minimises
+    schedule(step) -> list[str]                           groups to update in this step, in order: ["critic"]*5 + ["generator"]
+
+Each entry of the schedule is one update with a fresh batch; only its group's parameters ask for gradients and move.
+Parameters in no group are not trained. Both kinds may have
+
+    optimizer_settings(name) -> dict     AdamW's lr, betas, eps, weight_decay, amsgrad; "schedule": "cosine" (default) or
+                                         "constant" after the warm-up; "clip": largest gradient norm, None for none.
+                                         What is left out is as in `Training`, betas (0.9, 0.99). Of a prior without
+                                         groups the name is "weights".
+    averaged() -> list[str]              names, or prefixes of names, of the state that the moving average follows, e.g.
+                                         ["generator"]; everything where it is missing. The rest ends as trained last.
+    validation(batch) -> {name: value}   figures on held-out examples, called in eval mode with the averaged weights.
+
+**What data offer.** `batch(step, size, seed) -> {"x": …}`, a pure function of its arguments, so that an interrupted run
+continues on exactly the numbers it would have seen: `ArrayData`, files larger than memory in `training_data.py`, and every
+generator of `invgen.data`, which then simulates while training. `step` counts batches, several a step where the schedule
+has several updates.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from invgen._interrupt import Stop
-from invgen.checkpoints import read_checkpoint, write_checkpoint
+from invgen.priors._train_run import Run, TrainingReport
+from invgen.priors.training_data import ArrayData as ArrayData
+from invgen.priors.training_data import TrainingData as TrainingData
 
-__all__ = ["ArrayData", "Training", "TrainingData", "TrainingReport"]
+__all__ = ["Training", "TrainingReport"]
 
-
-class TrainingData(Protocol):
-    """A stream of examples addressed by step."""
-
-    def batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
-        """Examples of one step: "x" `(size, *shape)` and what else the prior's loss takes, on the CPU."""
-        ...
-
-
-@dataclass(frozen=True)
-class ArrayData:
-    """Examples held in one tensor, visited in seeded random order without replacement in each epoch.
-
-    Args:
-        x: `(n, *shape)` examples.
-    """
-
-    x: Tensor
-
-    def batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
-        n = self.x.shape[0]
-        wanted = torch.arange(step * size, (step + 1) * size)
-        out = torch.empty(size, dtype=torch.long)
-        for epoch in torch.unique(wanted // n).tolist():
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            mask = wanted // n == epoch
-            out[mask] = order[wanted[mask] % n]
-        return {"x": self.x[out]}
-
-
-@dataclass
-class TrainingReport:
-    """What a run did: steps done, seconds, loss curve and validation figures."""
-
-    steps: int
-    seconds: float
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    validation: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
-
-
-def _require_finite(value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"The training loss is {value} at step {step}; lower learning_rate or check the data for outliers."
-        )
+# a resumed run may go on with other values of these; all others decide its result
+_MAY_DIFFER = frozenset(
+    "steps device devices strategy checkpoint save_every save_minutes log_every log report validate_every patience monitor".split()
+)
+_PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
 class Training:
     """AdamW with warm-up and cosine decay, gradient clipping and an exponential moving average of the weights.
 
+    With θ_t the weights after step t, the average is a_t = β_t a_{t−1} + (1 − β_t) θ_t, β_t = min(ema, (1+t)/(10+t)).
+
     Args:
         steps: optimiser steps in all, those before a resume included.
-        batch_size: examples a step.
+        batch_size: examples an update, those of all devices together.
         learning_rate: peak rate; decays to a hundredth by the last step.
         warmup: steps of linear warm-up.
         weight_decay: decoupled weight decay.
         clip: largest gradient norm.
         ema: decay of the moving average; early on it is (1 + step)/(10 + step) if that is smaller.
-        precision: "32-true", "bf16-mixed", … as in Lightning Fabric.
+        precision: "32-true", or "bf16-mixed" for the forward pass in bfloat16 where that is safe.
         device: "cpu", "cuda", "cuda:0", …
+        devices: how many of them, each with its part of every batch. strategy: of Lightning Fabric ("ddp"), for several.
         seed: decides initial order, noise levels and noise.
-        checkpoint: file the whole state is written to every `save_every` steps, and resumed from if it exists.
-        save_every: steps between two writes.
+        checkpoint: file the whole state is written to, and resumed from if it exists. The state before it is kept as
+            `NAME.previous` and used, with a warning, when the newest is damaged. A resumed run ends in the same weights
+            to the bit (on a CPU). Of these settings steps, device, devices, strategy, validate_every, patience, monitor
+            and where and how often to save, log and report may differ from the interrupted run's; others are refused.
+        save_every: steps between two writes. save_minutes: minutes between two writes, whichever comes first.
         log_every: steps between two looks at the loss (one device synchronisation each).
+        log: CSV file with a row a look; continued, without duplicates, when the run is resumed.
+        report: HTML page written at the end: curves, and draws beside training examples.
+        validate_every: steps between two evaluations on the validation batch, with the averaged weights.
+        patience: stop after so many evaluations without improvement and keep the best averaged weights.
+        monitor: the figure that has to fall for patience: "validation_loss" (the training loss on the validation batch
+            with fixed noise; the default), or one of the prior's `validation`.
+
+    Cost: beside the network's own passes, one pass over the weights each for clipping, AdamW and the average.
     """
 
     steps: int = 10_000
@@ -99,10 +95,40 @@ class Training:
     ema: float = 0.999
     precision: str = "32-true"
     device: str = "cpu"
+    devices: int = 1
+    strategy: str = "auto"
     seed: int = 0
     checkpoint: str | None = None
     save_every: int = 500
+    save_minutes: float = 10.0
     log_every: int = 50
+    log: str | None = None
+    report: str | None = None
+    validate_every: int | None = None
+    patience: int | None = None
+    monitor: str = "validation_loss"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"Training needs steps >= 1 and batch_size >= 1, got {self.steps} and {self.batch_size}.")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"The learning_rate must be positive, got {self.learning_rate}.")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a decay in [0, 1), got {self.ema}.")
+        if not self.clip > 0 or not self.save_minutes > 0:
+            raise ValueError(f"clip and save_minutes must be positive, got {self.clip} and {self.save_minutes}.")
+        for name in ("save_every", "log_every", "validate_every", "patience", "devices"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.precision not in _PRECISIONS:
+            raise ValueError(f"The precision is one of {', '.join(_PRECISIONS)}, got {self.precision!r}.")
+        if self.report is not None and not self.report.endswith((".html", ".htm")):
+            raise ValueError(f"The training report is an HTML page, got the name {self.report!r}; end it in .html.")
+        if self.patience is not None and self.validate_every is None:
+            raise ValueError("patience counts evaluations on the validation batch; give validate_every as well.")
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size {self.batch_size} does not divide among {self.devices} devices.")
 
     def fit(
         self,
@@ -112,129 +138,60 @@ class Training:
         validation: dict[str, Tensor] | None = None,
         progress: bool = True,
         callback: Callable[[int, float], None] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> TrainingReport:
         """Train `prior` in place; its weights end as the moving average.
 
         Ctrl-C stops after the step in progress, writes the checkpoint and returns a report with `interrupted` set
-        (without validation figures).
+        (without validation figures). When memory runs out the batch is split into parts, and said so.
+
+        Args:
+            prior: see the module's text. data: likewise; its examples have the prior's shape.
+            validation: held-out examples as `data.batch` gives them.
+            progress: show a bar with the time remaining. callback: called with step and loss at every look.
+            settings: further plain values that decide the result (a configuration's, say); a resumed run must have the same.
 
         Raises:
-            ValueError: the checkpoint belongs to another network.
+            ValueError: data that cannot be learned from (constant, NaN, one example, another shape), a network that
+                cannot take them, a checkpoint of another network or of other settings.
             FloatingPointError: the loss is no longer finite (the last checkpoint is kept).
+            MemoryError: one example alone does not fit.
         """
+        if self.patience is not None and validation is None:
+            raise ValueError("Early stopping (patience) needs validation examples; give validation.")
+        fabric = self._fabric()
+        prior.to(fabric.device)
+        with _own_random_numbers(fabric.device):
+            return Run(self, prior, data, validation, fabric, settings).go(progress, callback)
+
+    def _fabric(self) -> Any:
         from lightning_fabric import Fabric
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from lightning_fabric.plugins.precision import MixedPrecision
 
         accelerator, _, index = self.device.partition(":")
-        fabric = Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=self.precision)  # type: ignore[arg-type]
-        network: nn.Module = prior.to(fabric.device)
-        network.train().requires_grad_(True)
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.99)
-        )
-        average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        first, losses = self._resume(network, optimizer, average)
-        began, done, interrupted = time.perf_counter(), first, False
-        running, counted = torch.zeros((), device=fabric.device), 0
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-        )
-        with Stop() as stop, Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task("training", total=self.steps, completed=first, loss=float("nan"))
-            try:
-                for step in range(first, self.steps):
-                    if stop.asked:
-                        raise KeyboardInterrupt
-                    for group in optimizer.param_groups:
-                        group["lr"] = self._rate(step)
-                    batch = {k: v.to(fabric.device) for k, v in data.batch(step, self.batch_size, self.seed).items()}
-                    generator = torch.Generator().manual_seed(self.seed * 7_919 + 1_000_003 * (step + 1))
-                    with fabric.autocast():
-                        loss = prior.training_loss(batch, generator).mean()
-                    optimizer.zero_grad(set_to_none=True)
-                    fabric.backward(loss)
-                    torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-                    optimizer.step()
-                    self._update(average, network, step)
-                    running += loss.detach()
-                    counted += 1
-                    done = step + 1
-                    if done % self.log_every == 0 or done == self.steps:
-                        value = float(running) / counted  # fewer than log_every right after a resume
-                        running.zero_()
-                        counted = 0
-                        _require_finite(value, done)
-                        losses.append((done, value))
-                        bar.update(task, completed=done, loss=value)
-                        if callback is not None:
-                            callback(done, value)
-                    if self.checkpoint and done % self.save_every == 0:
-                        _require_finite(float(running), done)  # never overwrite a good checkpoint with a bad one
-                        self._save(network, optimizer, average, done, losses)
-            except KeyboardInterrupt:
-                interrupted = True
-        if self.checkpoint and math.isfinite(float(running)):
-            self._save(network, optimizer, average, done, losses)
-        network.load_state_dict(average)
-        network.eval().requires_grad_(False)
-        figures = (
-            prior.validation(validation)
-            if validation is not None and not interrupted and hasattr(prior, "validation")
-            else {}
-        )
-        return TrainingReport(done, time.perf_counter() - began, losses, figures, interrupted)
-
-    def _rate(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / max(self.warmup, 1))
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(self.steps, 1))))
-        return self.learning_rate * warm * (0.01 + 0.99 * fall)
-
-    @torch.no_grad()
-    def _update(self, average: dict[str, Tensor], network: nn.Module, step: int) -> None:
-        decay = min(self.ema, (1 + step) / (10 + step))
-        state = network.state_dict()
-        names = [k for k, v in state.items() if v.is_floating_point()]
-        torch._foreach_lerp_([average[k] for k in names], [state[k] for k in names], 1 - decay)
-
-    def _save(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        average: dict[str, Tensor],
-        step: int,
-        losses: list[tuple[int, float]],
-    ) -> None:
-        assert self.checkpoint is not None
-        tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in average.items()}
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        write_checkpoint(self.checkpoint, "training", tensors, {"step": step, "losses": losses})
-
-    def _resume(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
-    ) -> tuple[int, list[tuple[int, float]]]:
-        if not self.checkpoint or not Path(self.checkpoint).is_file():
-            return 0, []
-        tensors, meta = read_checkpoint(self.checkpoint, "training")
-        own = network.state_dict()
-        saved = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+        if index and self.devices > 1:
             raise ValueError(
-                f"The checkpoint {self.checkpoint} was written by another network; give another file or the network it belongs to."
+                f"device {self.device!r} names one device but devices is {self.devices}; leave the number out."
             )
-        network.load_state_dict(saved)
-        for k in average:
-            average[k].copy_(tensors[f"average.{k}"])
-        states: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, i, name = key.split(".", 2)
-                states.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        return int(meta["step"]), [(int(s), float(v)) for s, v in meta["losses"]]
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=[int(index)] if index else self.devices,
+            strategy=self.strategy,
+            # as a plugin, for by its name Fabric announces it on stderr
+            plugins=[MixedPrecision("bf16-mixed", device=accelerator)] if self.precision == "bf16-mixed" else None,
+        )
+        fabric.launch()
+        return fabric
+
+    def decides(self, prior: Any, data: TrainingData, further: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote the checkpoint."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _MAY_DIFFER}
+        count = {"examples": len(data)} if isinstance(data, Sized) else {}
+        return {**own, "prior class": type(prior).__name__, **count, **(further or {})}
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave torch's global generators as they were found."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
