@@ -9,10 +9,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from invgen.priors.diffusion import DiffusionPrior
+from typing import Any
 
 __all__ = ["available", "card", "load", "path"]
 
@@ -37,19 +34,20 @@ def path(name: str) -> Path:
     return _HERE / f"{name}.safetensors"
 
 
-def load(name: str) -> DiffusionPrior:
+def load(name: str) -> Any:
     """A pretrained prior on its training grid; `.at(shape)` moves it to another one.
 
     Raises:
         ValueError: no such prior, or a damaged file.
     """
-    from invgen.priors.diffusion import DiffusionPrior
+    from invgen.priors.loading import load_prior
 
-    return DiffusionPrior.load(path(name))
+    return load_prior(path(name))
 
 
 def card(name: str) -> dict[str, Any]:
     """What the prior was trained on, with which command, for how long, and its validation figures."""
     from invgen.checkpoints import read_checkpoint
+    from invgen.priors.loading import checkpoint_kind
 
-    return dict(read_checkpoint(path(name), "DiffusionPrior")[1].get("card", {}))
+    return dict(read_checkpoint(path(name), checkpoint_kind(path(name)))[1].get("card", {}))
