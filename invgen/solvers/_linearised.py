@@ -19,6 +19,7 @@ from invgen.covariance import BlockDiagonal, Covariance, Diagonal, Scalar
 from invgen.linalg import Solved, cg
 from invgen.noise import stack_covariances
 from invgen.problem import InverseProblem
+from invgen.solvers._inner import accepted, has_exact_step
 
 __all__: list[str] = []
 
@@ -43,16 +44,16 @@ class Linearised:
     ease: Callable[[Tensor, float], Tensor]
 
 
-def linearised(problem: InverseProblem, at: Tensor) -> Linearised:
-    """The physics around `at` `(batch, *shape)`, in the prior's coordinates."""
-    if problem.remember("is_linear_gaussian", lambda: problem.is_linear_gaussian):
-        system = problem.linear_gaussian("u")
+def linearised(problem: InverseProblem, at: Tensor, **theta: Tensor) -> Linearised:
+    """The physics around `at` `(batch, *shape)` at the nuisance parameters theta, in the prior's coordinates."""
+    if problem.remember("one linear system", lambda: has_exact_step(problem)):
+        system = problem.linear_gaussian("u", **theta)
         A, R = system.operator, system.R_update
-        return Linearised(system.data - A(at), R, A, A.adjoint, lambda v, r2: solve_in_data(problem, v, r2).x)
-    return _gauss_newton(problem, at)
+        return Linearised(system.data - A(at), R, A, A.adjoint, lambda v, r2: solve_in_data(problem, v, r2, **theta).x)
+    return _gauss_newton(problem, at, theta)
 
 
-def _gauss_newton(problem: InverseProblem, at: Tensor) -> Linearised:
+def _gauss_newton(problem: InverseProblem, at: Tensor, theta: dict[str, Tensor]) -> Linearised:
     terms = problem.in_u()
     if len({t.data.is_complex() for t in terms}) > 1:
         raise TypeError(
@@ -60,7 +61,7 @@ def _gauss_newton(problem: InverseProblem, at: Tensor) -> Linearised:
         )
     with torch.enable_grad():
         point = at.detach().requires_grad_(True)
-        predictions = [t.operator(point) for t in terms]
+        predictions = [t.operator(point, **accepted(t, theta)) for t in terms]
         slots = [torch.zeros_like(p, requires_grad=True) for p in predictions]
         # Gᵀ w as a function of w: linear, so that its own vector–Jacobian product at any w is G
         (pulled,) = torch.autograd.grad(predictions, point, slots, create_graph=True)
@@ -83,15 +84,11 @@ def _gauss_newton(problem: InverseProblem, at: Tensor) -> Linearised:
         (out,) = torch.autograd.grad(predictions, point, part(w), retain_graph=True)
         return out
 
-    R = problem.remember(
-        "R of terms, update",
-        lambda: stack_covariances(
-            [
-                c.scaled(0.5) if t.data.is_complex() else c
-                for t, c in ((t, t.noise.covariance(t.operator.data_shape)) for t in terms)
-            ]
-        ),
-    )
+    def noise() -> Covariance:
+        parts = ((t, t.noise.covariance(t.operator.data_shape, **theta)) for t in terms)
+        return stack_covariances([c.scaled(0.5) if t.data.is_complex() else c for t, c in parts])
+
+    R = noise() if theta else problem.remember("R of terms, update", noise)
     residual = join([t.data - p.detach() for t, p in zip(terms, predictions, strict=True)])
     return Linearised(residual, R, forward, adjoint, lambda v, r2: R.solve(v) if R.has_solve else v)
 
@@ -100,14 +97,14 @@ GRAM_LIMIT = 1024  # data (real numbers) whose A Aᵀ is decomposed where the op
 DENSE_LIMIT = 1 << 24  # entries of a matrix that is built for a decomposition: 128 MB in float64
 
 
-def solve_in_data(problem: InverseProblem, rhs: Tensor, variance: float) -> Solved:
+def solve_in_data(problem: InverseProblem, rhs: Tensor, variance: float, **theta: Tensor) -> Solved:
     """(R + variance · A Aᵀ)⁻¹ rhs, by `operator.solve`, or by one decomposition a run where that would iterate.
 
     A rule solves this system at every noise level, and only `variance` changes: with R⁻¹ = Wᵀ W and
     W A Aᵀ Wᵀ = Q Λ Qᵀ it is Wᵀ Q (1 + variance Λ)⁻¹ Qᵀ W rhs. That pays for small sets of data whose operator has no
     direct solve: several terms with different noise, correlated noise, complex data.
     """
-    system = problem.linear_gaussian("u")
+    system = problem.linear_gaussian("u", **theta)
     A, R = system.operator, system.R_update
     n = over_reals(rhs[:1]).numel()
     small = n <= GRAM_LIMIT and n * math.prod(A.model_shape) <= DENSE_LIMIT and R.has_solve and not R.per_item

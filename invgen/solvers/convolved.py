@@ -44,6 +44,7 @@ class ConvolvedLikelihood:
     linear_only = True
     derivative_order = 1
     tolerance = 1e-3
+    conditional = "isotropic"
 
     def __post_init__(self) -> None:
         if self.covariance not in ("full", "diagonal"):
@@ -52,13 +53,15 @@ class ConvolvedLikelihood:
             )
 
     @torch.no_grad()
-    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
-        system = problem.linear_gaussian("u")
+    def __call__(
+        self, problem: InverseProblem, u: Tensor, sigma: float, gain: float, **theta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        system = problem.linear_gaussian("u", **theta)
         A, data, R = system.operator, system.data, system.R_update
         clean = problem.prior.denoise(u, sigma)
         misfit = data - A(u)
         if self.covariance == "full":
-            solved = solve_in_data(problem, misfit, sigma**2)
+            solved = solve_in_data(problem, misfit, sigma**2, **theta)
         else:
             rows = problem.remember("diagonal of A Aᵀ", lambda: _row_squares(A, misfit))
             solved = solve_with_diagonal(R, sigma**2 * rows.to(misfit.real), misfit)

@@ -18,7 +18,9 @@ from invgen.contracts import HasDenoiser, Solver
 from invgen.driver import DivergenceError, Streams
 from invgen.problem import InverseProblem
 from invgen.schedules import sigma_schedule
+from invgen.solvers._clean_field import check_clean_field, settle_clean_field, start_clean_field, sweep_clean_field
 from invgen.solvers._compiled import check_compiler, network_compiled
+from invgen.solvers._nuisance import nuisance_values
 from invgen.solvers.convolved import ConvolvedLikelihood
 from invgen.solvers.guidance import DPS, MMPS, Guidance, PiGDM, start_level
 from invgen.solvers.tmpd import TMPD
@@ -52,6 +54,20 @@ class GuidedDiffusion(Solver):
     The start is u = m + σ_max ξ with m the posterior denoiser at the prior's mean D(D(0, σ_max), σ_max), so that no trace
     of a prior mean is left.
 
+    With nuisance parameters theta (`InverseProblem.nuisance`: a named noise level; parameters of operators with `MMPS`
+    and `DPS`) the target is p(x, theta | d). Guidance runs at the theta of every item, and `sweeps` Gibbs sweeps at
+    every level draw a clean field u0 ~ p(u0 | u_σ, d, theta), in the covariance that the rule implies, and theta given
+    u0 by Metropolis steps (`_clean_field` derives both); at the end theta is drawn given the finished sample. The
+    sweeps add no bias of their own where the rule is exact; otherwise theta inherits the rule's, and a rule that
+    overfits takes the noise for smaller than it is. Draws are in `posterior.theta`.
+
+    Measured with 12 correlated unknowns, 8 data and a log-normal prior of the noise level, 4000 samples (2000 for the
+    last three) against the exact evidence: error of the mean and sd ratio of log theta, then of x, in posterior sd:
+    MMPS and exact TMPD (Heun, 50 levels) 0.00, 1.00, 0.00, 1.00; MMPS (Euler, 100) −0.08, 1.01, 0.00, 0.98; PiGDM (SDE,
+    300) +0.22, 0.99, 0.13, 1.05, with 200 levels and ten Langevin steps of 0.2 each +0.04, 0.99, 0.01, 1.01;
+    ConvolvedLikelihood with twenty such steps +0.05, 1.01, 0.05, 1.02; row-sum TMPD (SDE, 300) +0.43, 0.90, 0.42, 1.13;
+    DPS (ζ = 0.1) −2.0, 0.68, 0.37, 0.64.
+
     Args:
         guidance: a rule: `MMPS`, `TMPD`, `PiGDM`, `ConvolvedLikelihood`, `DPS`.
         integrator: see above.
@@ -61,6 +77,8 @@ class GuidedDiffusion(Solver):
         corrections: Langevin steps a level. correction_step: ε/σ².
         compile: run the prior's network through `torch.compile`, with its vector–Jacobian products; worth its minute or
             so where the network is large and the steps are many. Needs a prior with a `network`.
+        sweeps: Gibbs sweeps a level, with nuisance parameters: one made theta exact in 50 levels, two changed nothing.
+        settle: Metropolis passes over theta given the finished sample, four proposals a parameter each.
 
     Returns with the samples: `residual`, the largest relative residual of an inner solve, and `unconverged`, how many
     inner solves of a sample missed the rule's tolerance.
@@ -69,8 +87,10 @@ class GuidedDiffusion(Solver):
         TypeError: a problem that the rule cannot treat.
         DivergenceError: a denoiser that is not finite at a noise level, which is named.
 
-    Cost a sample: steps · (calls of the integrator + corrections) + 1 guidance calls and one network pass. Needs
-    `HasDenoiser`, an affine transform, Gaussian noise; linear operators except for `DPS` and `MMPS`.
+    Cost a sample: steps · (calls of the integrator + corrections) + 1 guidance calls and one network pass. A sweep
+    costs one more guidance call and eight network passes without gradients with `MMPS` and exact `TMPD`, one pass and
+    one solve with the other rules. Needs `HasDenoiser`, an affine transform, Gaussian noise; linear operators except for
+    `DPS` and `MMPS`; for nuisance parameters priors with a density.
     """
 
     guidance: Guidance = field(default_factory=MMPS)
@@ -82,6 +102,8 @@ class GuidedDiffusion(Solver):
     corrections: int = 0
     correction_step: float = 0.1
     compile: bool = False
+    sweeps: int = 1
+    settle: int = 5
 
     needs: ClassVar[tuple[type, ...]] = (HasDenoiser,)
     kind: ClassVar[str] = "approximate"
@@ -93,6 +115,8 @@ class GuidedDiffusion(Solver):
             raise ValueError(
                 f"GuidedDiffusion needs steps >= 2, corrections >= 0 and 0 < correction_step < 2, got {self.steps}, {self.corrections}, {self.correction_step}."
             )
+        if self.sweeps < 0 or self.settle < 0:
+            raise ValueError(f"GuidedDiffusion needs sweeps >= 0 and settle >= 0, got {self.sweeps}, {self.settle}.")
 
     @classmethod
     def examples(cls) -> list[GuidedDiffusion]:
@@ -133,7 +157,9 @@ class GuidedDiffusion(Solver):
             problem,
             linear_only=rule.linear_only,
             derivative_order=getattr(rule, "derivative_order", 1),
+            nuisance=True,
         )
+        check_clean_field(self, problem, rule)
         if hasattr(rule, "check"):
             rule.check(problem)
         check_start(self, problem, self.sigma_max)
@@ -154,10 +180,13 @@ class GuidedDiffusion(Solver):
         top = self.levels(problem)[0]
         xi = rng.normal(problem.model_shape, dtype=problem.dtype, tag="step")
         mean = prior_mean(problem, xi, top)  # a batch of one, which is not worth a compilation of its own
+        unknown = start_clean_field(problem, self.guidance, mean, rng)
+        theta = nuisance_values(problem, unknown.get("nuisance"))
         with network_compiled(problem, self.compile):
-            centre, residual = self.guidance(problem, mean, top, 1.0)
+            centre, residual = self.guidance(problem, mean, top, 1.0, **theta)
         residual = xi.new_zeros(len(xi)) if residual is None else residual
         return {
+            **unknown,
             "u": centre + top * xi,
             "k": torch.zeros((), dtype=torch.long),
             "stat_residual": residual,
@@ -172,12 +201,16 @@ class GuidedDiffusion(Solver):
         k = int(state["k"])
         now, after = self.levels(problem)[k : k + 2]
         u, worst, missed = state["u"], state["stat_residual"], state["stat_unconverged"]
+        theta = nuisance_values(problem, state.get("nuisance"))
 
-        def denoise(v: Tensor, sigma: float, gain: float) -> Tensor:
+        def count(residual: Tensor | None) -> None:
             nonlocal worst, missed
-            clean, residual = self.guidance(problem, v, sigma, gain)
             if residual is not None:
                 worst, missed = torch.maximum(worst, residual), missed + (residual > self._tolerance)
+
+        def denoise(v: Tensor, sigma: float, gain: float) -> Tensor:
+            clean, residual = self.guidance(problem, v, sigma, gain, **theta)
+            count(residual)
             return clean
 
         def noise() -> Tensor:
@@ -190,11 +223,22 @@ class GuidedDiffusion(Solver):
                     step = self.correction_step
                     clean = denoise(u, after, step)
                     u = u + step * (clean - u) + math.sqrt(2 * step) * after * noise()
-        return {"u": u, "k": state["k"] + 1, "stat_residual": worst, "stat_unconverged": missed}
+                for _ in range(self.sweeps if theta else 0):
+                    moved, residual = sweep_clean_field(problem, self.guidance, u, after, state, rng)
+                    state = {**state, **moved}
+                    count(residual)
+            elif theta:
+                state = {**state, **settle_clean_field(problem, u, state, rng, self.settle)}
+        return {**state, "u": u, "k": state["k"] + 1, "stat_residual": worst, "stat_unconverged": missed}
 
     def finish(self, problem: InverseProblem, state: dict[str, Tensor]) -> dict[str, Tensor]:
         name_bad_level(self, problem, state["u"], self.levels(problem))
-        return {"x": problem.prior.transform(state["u"]), **{k: v for k, v in state.items() if k.startswith("stat_")}}
+        theta = nuisance_values(problem, state.get("nuisance"))
+        return {
+            "x": problem.prior.transform(state["u"]),
+            **{f"theta_{name}": value for name, value in theta.items()},
+            **{k: v for k, v in state.items() if k.startswith("stat_")},
+        }
 
 
 def advance(
@@ -264,22 +308,28 @@ def check_start(solver: Solver, problem: InverseProblem, sigma_max: float | None
 
 
 def check_diffusion_problem(
-    solver: Solver, problem: InverseProblem, *, linear_only: bool, derivative_order: int = 1
+    solver: Solver,
+    problem: InverseProblem,
+    *,
+    linear_only: bool,
+    derivative_order: int = 1,
+    nuisance: bool = False,
 ) -> None:
     """Raise a TypeError for what guided and split samplers cannot treat.
 
     Args:
         linear_only: affine operators with Gaussian noise only.
         derivative_order: derivatives that are taken of operators, where they need not be linear.
+        nuisance: whether the solver draws nuisance parameters.
     """
     name = type(solver).__name__
     if not getattr(problem.prior.transform, "affine", False):
         raise TypeError(
             f"{name} works in the prior's coordinates and needs an affine transform, this prior has {type(problem.prior.transform).__name__}; move the non-linear part into the operator with @."
         )
-    if problem.nuisance:
+    if problem.nuisance and not nuisance:
         raise TypeError(
-            f"{name} does not sample nuisance parameters ({', '.join(problem.nuisance)}); fix them, or use a split sampler that updates them in turn with the model (PnPDM), or a latent sampler."
+            f"{name} does not sample nuisance parameters ({', '.join(problem.nuisance)}); fix them, or use GuidedDiffusion or a split sampler that updates them in turn with the model (PnPDM), or a latent sampler."
         )
     rule = f"{name} with {type(solver.guidance).__name__}" if hasattr(solver, "guidance") else name
     kinds = ", ".join(f"{type(t.operator).__name__} with {type(t.noise).__name__}" for t in problem.terms)
@@ -287,11 +337,16 @@ def check_diffusion_problem(
         raise TypeError(
             f"{rule} needs linear operators with Gaussian noise, got {kinds}; GuidedDiffusion with DPS or MMPS takes non-linear operators, and so do the split samplers with a gradient step."
         )
+    moving = [n for n in problem.nuisance if any(n in t.operator.theta_names for t in problem.terms)]
+    if linear_only and moving:
+        raise TypeError(
+            f"{rule} needs one linear system for all samples, and the operators depend on the nuisance parameters {', '.join(moving)}; GuidedDiffusion with DPS or MMPS draws parameters of operators, and so does PnPDM."
+        )
     if not all(hasattr(t.noise, "covariance") for t in problem.terms):
         raise TypeError(f"{name} needs Gaussian noise, got {', '.join(type(t.noise).__name__ for t in problem.terms)}.")
     least = min(t.operator.derivative_order for t in problem.terms)
     # second derivatives stand for products with ∂g/∂u, which affine operators have as such
-    free = linear_only or (derivative_order == 2 and problem.is_linear_gaussian)
+    free = linear_only or (derivative_order == 2 and problem.is_linear_gaussian and not moving)
     if not free and least < derivative_order:
         wanted = "second derivatives" if derivative_order == 2 else "the gradient"
         raise TypeError(

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from invgen.linalg import Solved, gmres, inner
 from invgen.problem import InverseProblem
-from invgen.solvers._linearised import from_reals, linearised, over_reals, solve_in_data
+from invgen.solvers._inner import accepted, has_exact_step
+from invgen.solvers._linearised import Linearised, from_reals, linearised, over_reals, solve_in_data
 
 __all__ = ["DPS", "MMPS", "Guidance", "PiGDM"]
 
@@ -38,6 +39,10 @@ class Guidance(Protocol):
         linear_only: needs affine operators; the others are checked for `derivative_order` right derivatives.
         derivative_order: derivatives of a non-linear operator that the rule takes.
         tolerance: relative residual above which an inner solve counts as unconverged.
+
+    A rule that also has `conditional`, "tweedie" or "isotropic", takes problems with nuisance parameters: its call
+    reads physics and noise at **theta, `(batch,)` each, and `GuidedDiffusion` draws theta through clean fields of that
+    conditional covariance (V = σ² J or r² I).
     """
 
     linear_only: bool
@@ -46,7 +51,9 @@ class Guidance(Protocol):
     @property
     def tolerance(self) -> float: ...
 
-    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, problem: InverseProblem, u: Tensor, sigma: float, gain: float, **theta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """E[u0 | u_σ = u, d] for a chunk.
 
         Args:
@@ -54,6 +61,7 @@ class Guidance(Protocol):
             u: `(batch, *shape)`. sigma: noise level.
             gain: weight of the clean estimate in the integrator's step (1 − σ'/σ for Euler), for rules that are
                 defined by a step rather than by an estimate.
+            theta: nuisance parameters by name, `(batch,)` each; none where the problem has none.
 
         Returns:
             The posterior denoiser `(batch, *shape)` and the relative residual of inner solves `(batch,)`, None
@@ -98,23 +106,31 @@ class DPS:
     linear_only = False
     derivative_order = 1
     tolerance = math.inf
+    conditional = "isotropic"
 
-    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, problem: InverseProblem, u: Tensor, sigma: float, gain: float, **theta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         terms = problem.in_u()
-        noises = problem.remember("R of terms", lambda: [t.noise.covariance(t.operator.data_shape) for t in terms])
-        level = problem.remember(
-            "noise rms", lambda: math.sqrt(sum(float(R.mean_variance()) for R in noises) / len(noises))
-        )
+        if theta:
+            noises = [t.noise.covariance(t.operator.data_shape, **theta) for t in terms]
+            level: float | Tensor = (sum(R.mean_variance().to(u) for R in noises) / len(noises)).sqrt()
+        else:
+            noises = problem.remember("R of terms", lambda: [t.noise.covariance(t.operator.data_shape) for t in terms])
+            level = problem.remember(
+                "noise rms", lambda: math.sqrt(sum(float(R.mean_variance()) for R in noises) / len(noises))
+            )
         leaf, clean = denoise_with_graph(problem, u, sigma)
         # 2ζ/α² · rms, and the steps divide by |r| / rms
         size = 2 * self.scale * (1 + sigma**2) / max(gain, 1e-3) * level
-        if problem.is_linear_gaussian:  # the adjoint itself: a graph through an operator costs more than the operator
-            system = problem.linear_gaussian("u")
+        # the adjoint itself: a graph through an operator costs more than the operator
+        if problem.remember("one linear system", lambda: has_exact_step(problem)):
+            system = problem.linear_gaussian("u", **theta)
             fit = clean.detach()
             pull, square = system.operator.pull_residual(fit, system.data, system.R)
             return fit + pull_back(clean, leaf, pull * _wide(_step_factor(square, size), fit)), None
         with torch.enable_grad():
-            predictions = [t.operator(clean) for t in terms]
+            predictions = [t.operator(clean, **accepted(t, theta)) for t in terms]
         residuals = [t.data - p.detach() for t, p in zip(terms, predictions, strict=True)]
         parts = [R.solve(r) for R, r in zip(noises, residuals, strict=True)]
         square = torch.stack([inner(r, w) for r, w in zip(residuals, parts, strict=True)]).sum(0)
@@ -123,7 +139,7 @@ class DPS:
         return clean.detach() + shift, None
 
 
-def _step_factor(square: Tensor, size: float) -> Tensor:
+def _step_factor(square: Tensor, size: float | Tensor) -> Tensor:
     # a perfect fit has no direction: the smallest float keeps its step zero instead of NaN
     return size * (square + torch.finfo(square.dtype).tiny).rsqrt()
 
@@ -154,15 +170,18 @@ class PiGDM:
     linear_only = True
     derivative_order = 1
     tolerance = 1e-3
+    conditional = "isotropic"
 
-    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
-        system = problem.linear_gaussian("u")
+    def __call__(
+        self, problem: InverseProblem, u: Tensor, sigma: float, gain: float, **theta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        system = problem.linear_gaussian("u", **theta)
         A, data = system.operator, system.data
         leaf, clean = denoise_with_graph(problem, u, sigma)
         s2 = self.variance if self.variance is not None else prior_variance(problem)
         r2 = sigma**2 * s2 / (sigma**2 + s2)
         fit = clean.detach()
-        solved = solve_in_data(problem, data - A(fit), r2)
+        solved = solve_in_data(problem, data - A(fit), r2, **theta)
         return fit + sigma**2 * pull_back(clean, leaf, A.adjoint(solved.x)), solved.residual
 
 
@@ -197,18 +216,26 @@ class MMPS:
 
     linear_only = False
     derivative_order = 2
+    conditional = "tweedie"
 
     @property
     def tolerance(self) -> float:
         """`rtol`, or 1e-3 for runs that always spend all iterations."""
         return self.rtol or 1e-3
 
-    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, problem: InverseProblem, u: Tensor, sigma: float, gain: float, **theta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         leaf, clean = denoise_with_graph(problem, u, sigma)
-        s2 = prior_variance(problem)
-        r2 = sigma**2 * s2 / (sigma**2 + s2)
-        fit = clean.detach()
-        physics = linearised(problem, fit)
+        physics = linearised(problem, clean.detach(), **theta)
+        pulled, residual = self.pull(problem, physics, leaf, clean, physics.residual, sigma)
+        return clean.detach() + sigma**2 * pulled, residual
+
+    def pull(
+        self, problem: InverseProblem, physics: Linearised, leaf: Tensor, clean: Tensor, rhs: Tensor, sigma: float
+    ) -> tuple[Tensor, Tensor]:
+        """Jᵀ Gᵀ (R + σ² G Jᵀ Gᵀ)⁻¹ rhs, and the relative residual of the solve."""
+        r2 = conditional_variance(problem, sigma)
 
         def ease(v: Tensor) -> Tensor:
             return physics.ease(v, r2) if self.precondition else v
@@ -219,15 +246,20 @@ class MMPS:
                 pull_back(clean, leaf, physics.adjoint(w), keep=True)
             )
 
-        solved = _gmres(system, physics.residual, self.iterations, self.rtol)
-        pulled = pull_back(clean, leaf, physics.adjoint(ease(solved.x)))
-        return fit + sigma**2 * pulled, solved.residual
+        solved = _gmres(system, rhs, self.iterations, self.rtol)
+        return pull_back(clean, leaf, physics.adjoint(ease(solved.x))), solved.residual
 
 
 def _gmres(system: Callable[[Tensor], Tensor], rhs: Tensor, iterations: int, rtol: float) -> Solved:
     # v -> A Jᵀ Re(Aᴴ v) is not linear over the complex numbers
     solved = gmres(lambda v: over_reals(system(from_reals(v, rhs))), over_reals(rhs), iterations=iterations, rtol=rtol)
     return solved._replace(x=from_reals(solved.x, rhs))
+
+
+def conditional_variance(problem: InverseProblem, sigma: float) -> float:
+    """r² = σ² s²/(σ² + s²), the variance of u0 given u_σ under a white prior of the prior's mean variance s²."""
+    s2 = prior_variance(problem)
+    return sigma**2 * s2 / (sigma**2 + s2)
 
 
 def prior_variance(problem: InverseProblem) -> float:

@@ -57,6 +57,11 @@ class TMPD:
     derivative_order = 1
     tolerance = 1e-3
 
+    @property
+    def conditional(self) -> str:
+        """Of clean fields that nuisance parameters are drawn through: as exact as the rule."""
+        return "tweedie" if self.covariance == "exact" else "isotropic"
+
     def __post_init__(self) -> None:
         if self.covariance not in ("row-sum", "exact"):
             raise ValueError(f"The covariance of TMPD must be 'row-sum' or 'exact', got {self.covariance!r}.")
@@ -65,15 +70,16 @@ class TMPD:
         """Raise a TypeError where "exact" would build matrices of more data than `limit`."""
         if self.covariance == "row-sum":
             return
-        system = problem.linear_gaussian("u")
-        n = math.prod(system.operator.data_shape) * (2 if system.data.is_complex() else 1)
+        n = sum(math.prod(t.operator.data_shape) * (2 if t.data.is_complex() else 1) for t in problem.observed_terms())
         if n > self.limit:
             raise TypeError(
                 f"TMPD('exact') builds a matrix of {n} × {n} data for every sample, more than its limit of {self.limit}; use MMPS, which solves the same system without the matrix, or raise limit."
             )
 
-    def __call__(self, problem: InverseProblem, u: Tensor, sigma: float, gain: float) -> tuple[Tensor, Tensor | None]:
-        whole = problem.linear_gaussian("u")
+    def __call__(
+        self, problem: InverseProblem, u: Tensor, sigma: float, gain: float, **theta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        whole = problem.linear_gaussian("u", **theta)
         A, data, R = whole.operator, whole.data, whole.R_update
         leaf, clean = denoise_with_graph(problem, u, sigma)
         fit = clean.detach()
@@ -89,7 +95,10 @@ class TMPD:
             solved = solve_with_diagonal(R, sigma**2 * sums.abs(), misfit)
             v, residual = solved.x, solved.residual
         else:
-            noise = problem.remember("R over the reals", lambda: _dense(R, A, misfit))
+            if R.per_item:
+                noise = self._matrix(lambda w: over_reals(R.apply(from_reals(w, misfit))), misfit)
+            else:
+                noise = problem.remember("R over the reals", lambda: _dense(R, A, misfit))
             v = _solve(noise.to(misfit.real), sigma**2 * self._matrix(spread, misfit), misfit)
         return fit + sigma**2 * pull_back(clean, leaf, A.adjoint(v)), residual
 
