@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from invgen.diagnostics.rank_tests import RankTest
     from invgen.diagnostics.residuals import ResidualChi2
     from invgen.diagnostics.scores import Score
+    from invgen.diagnostics.superchains import SuperchainCheck
 
 __all__ = [
     "calibration_figure",
@@ -28,6 +29,7 @@ __all__ = [
     "rank_figure",
     "residual_figure",
     "score_figure",
+    "superchain_figure",
 ]
 
 CURVE, BAND, FAILED, LAW = "#14507a", "#cfe0ee", "#c0392b", "#1f2933"
@@ -294,5 +296,22 @@ def chain_figure(result: ChainCheck, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("rank-normalised split R-hat")
     ax.set_ylabel("effective sample size")
     ax.set_title(f"{result.num_chains} chains of {result.num_draws} draws: {'passed' if result.passed else 'FAILED'}")
+    _legend(ax)
+    return ax
+
+
+def superchain_figure(result: SuperchainCheck, ax: Axes | None = None) -> Axes:
+    """Nested R-hat over coordinates with its limit."""
+    ax = _axes(ax)
+    values = np.atleast_1d(result.nested_rhat).ravel()
+    finite = values[np.isfinite(values)]
+    if len(finite):
+        ax.hist(finite, bins=min(40, max(5, len(finite) // 5)), color=BAND, edgecolor=CURVE, lw=0.5)
+    ax.axvline(result.limit, color=CURVE if result.passed else FAILED, lw=1.6, label=f"limit {result.limit:.4f}")
+    ax.set_xlabel("nested R-hat")
+    ax.set_ylabel("coordinates")
+    ax.set_title(
+        f"{result.superchains} superchains of {result.chains} chains: {'passed' if result.passed else 'FAILED'}"
+    )
     _legend(ax)
     return ax
