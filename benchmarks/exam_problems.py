@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invgen.contracts import Operator
+from invgen.contracts import LinearOperator, Operator
 from invgen.noise import GaussianNoise
 from invgen.operators import Convolution, Mask, MatrixOperator, PostStack, SparseOperator, ricker
 from invgen.priors import GaussianMixturePrior, GaussianPrior
@@ -110,7 +110,7 @@ def gauss16(noise: float, samples: int, seed: int = 3) -> Paper:
 # --- (b) stationary Gaussian fields ----------------------------------------------------------------------------------
 
 
-def field_operators(n: int) -> dict[str, tuple[Operator, float]]:
+def field_operators(n: int) -> dict[str, tuple[LinearOperator, float]]:
     """name -> (operator, noise sd over the rms of its clean data)."""
     g = torch.Generator().manual_seed(17)
     x = torch.arange(-6, 7, dtype=F64)
@@ -156,9 +156,9 @@ def fields(n: int, samples: int) -> list[Paper]:
         data = clean + noise * torch.randn(clean.shape, generator=generator, dtype=F64)
         problem = InverseProblem(data, operator, GaussianNoise(noise), prior)
 
-        def make(operator: Operator = operator, data: Tensor = data, noise: float = noise) -> Answer:
+        def make(operator: LinearOperator = operator, data: Tensor = data, noise: float = noise) -> Answer:
             with torch.no_grad():
-                A = operator.to_dense()  # type: ignore[attr-defined]
+                A = operator.to_dense()
             return linear_answer(mean.flatten(), prior.covariance_u.dense(), A, data.flatten(), noise)
 
         papers.append(Paper(f"field{n}", name, problem, make, samples))

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invgen import solvers
 from invgen.noise import GaussianNoise
 from invgen.operators import Convolution, MatrixOperator
 from invgen.priors import GaussianPrior
 from invgen.problem import InverseProblem
-from invgen.solvers import DPS, MMPS, GuidedDiffusion, PiGDM, PnPDM
+from invgen.solvers import DDRM, DPS, MMPS, GuidedDiffusion, PiGDM, PnPDM
+from invgen.solvers import DiffPIR as OurDiffPIR
 from invgen.transforms import Identity
 
 __all__ = ["NOISE", "Shown", "calibration", "gaussian_kernel"]
@@ -172,22 +172,26 @@ def same_algorithm(libraries: Any, field: Field, n: int, steps: int) -> Rows:
     yield "invgen", "pigdm", "prior variance 1", ours(PiGDM(1.0))
     yield "deepinv", "pigdm", "clip off", deepinv(PiGDMDataFidelity())
     inverse = flat(lambda d: blur.pseudo_inverse(d, CUT))
-    pgdm = lambda d: PGDMSampler(d, y, flat(blur), inverse, eta=1.0, **options)  # noqa: E731
+
+    def pgdm(d: Any) -> Any:
+        return PGDMSampler(d, y, flat(blur), inverse, eta=1.0, **options)
+
     yield "azula", "pgdm", "a rule of its own: data without noise, no 1 − σ'²/σ²", azula(pgdm)
     yield "invgen", "mmps", f"GMRES {inner}", ours(MMPS(inner))
     yield "deepinv", "mmps", f"CG {inner}", deepinv(MomentMatchingDataFidelity(cg_max_iter=inner))
     cov = IsotropicCovariance(NOISE**2)
-    mmps = lambda d: DDPMSampler(MMPSDenoiser(d, y, flat(blur), cov, "cg", inner), **options)  # noqa: E731
+
+    def mmps(d: Any) -> Any:
+        return DDPMSampler(MMPSDenoiser(d, y, flat(blur), cov, "cg", inner), **options)
+
     yield "azula", "mmps", f"CG {inner}", azula(mmps)
-    if hasattr(solvers, "DDRM"):
-        ddrm = replace(solvers.DDRM(), **{k: v for k, v in shared.items() if k != "integrator"})
-        # deepinv counts a component as measured where its singular value is above the noise, the paper where it is not 0
-        what = "singular values below the noise left out, as deepinv does"
-        yield "invgen", "ddrm", what, lambda: field.solve(ddrm, n, problem=field.strong(), dtype=F64)
-        yield "deepinv", "ddrm", "common levels", deepinv_restoration(libraries, field, "ddrm", n, steps, levels)
-        yield "invgen", "ddrm_all", "all singular values", lambda: field.solve(ddrm, n, dtype=F64)
-    if hasattr(solvers, "DiffPIR"):
-        yield from same_diffpir(libraries, field, n, shared, levels)
+    ddrm = replace(DDRM(), **{k: v for k, v in shared.items() if k != "integrator"})
+    # deepinv counts a component as measured where its singular value is above the noise, the paper where it is not 0
+    what = "singular values below the noise left out, as deepinv does"
+    yield "invgen", "ddrm", what, lambda: field.solve(ddrm, n, problem=field.strong(), dtype=F64)
+    yield "deepinv", "ddrm", "common levels", deepinv_restoration(libraries, field, "ddrm", n, steps, levels)
+    yield "invgen", "ddrm_all", "all singular values", lambda: field.solve(ddrm, n, dtype=F64)
+    yield from same_diffpir(libraries, field, n, shared, levels)
 
 
 def same_diffpir(libraries: Any, field: Field, n: int, shared: dict[str, Any], levels: list[float]) -> Rows:
@@ -205,7 +209,7 @@ def same_diffpir(libraries: Any, field: Field, n: int, shared: dict[str, Any], l
     theirs = DiffPIR(libraries.DeepinvDenoiser(field.denoise), L2(), max_iter=steps + 1)
     given = (theirs.sigmas[theirs.seq.long()] / 2).double().tolist()
 
-    class OnTheirLevels(solvers.DiffPIR):  # type: ignore[misc, name-defined]
+    class OnTheirLevels(OurDiffPIR):
         def schedule(self, problem: InverseProblem) -> list[float]:
             return given
 
@@ -219,11 +223,13 @@ def same_diffpir(libraries: Any, field: Field, n: int, shared: dict[str, Any], l
     )
 
     blur, inner, weight = libraries.Blur(field.kernel, side), 20, 10.0
-    plain = solvers.DiffPIR(weight=weight, zeta=0.0, **{k: v for k, v in shared.items() if k != "integrator"})
+    plain = OurDiffPIR(weight=weight, zeta=0.0, **{k: v for k, v in shared.items() if k != "integrator"})
     yield "invgen", "diffpir_ode", f"ζ 0, λ {weight:g}", lambda: field.solve(plain, n, dtype=F64)
 
     def sampler(denoiser: Any) -> Any:
-        A = lambda v: blur(v.reshape(-1, 1, side, side)).reshape(v.shape)  # noqa: E731
+        def A(v: Tensor) -> Tensor:
+            return blur(v.reshape(-1, 1, side, side)).reshape(v.shape)
+
         restored = DiffPIRDenoiser(denoiser, field.y.flatten(), A, NOISE**2, weight, "cg", inner)
         return DDIMSampler(restored, steps=steps, silent=True, dtype=F64)
 
@@ -269,7 +275,8 @@ def defaults(libraries: Any, field: Field, n: int, fast: bool) -> Rows:
         ("pigdm", GuidedDiffusion(PiGDM())),
         ("mmps", GuidedDiffusion()),
         ("pnpdm", PnPDM()),
-        *((r, getattr(solvers, c)()) for r, c in (("ddrm", "DDRM"), ("diffpir", "DiffPIR")) if hasattr(solvers, c)),
+        ("ddrm", DDRM()),
+        ("diffpir", OurDiffPIR()),
     ):
         what = f"{getattr(solver, 'integrator', type(solver).__name__)}, {solver.num_steps(field.problem)} steps"
         yield "invgen", rule, what, lambda solver=solver: field.solve(solver, n)
@@ -294,8 +301,13 @@ def defaults(libraries: Any, field: Field, n: int, fast: bool) -> Rows:
         return 2 * field.denoise((v + 1) / 2, sigma / 2) - 1
 
     blur, y = libraries.Blur(field.kernel, side), 2 * field.y.flatten() - 1
-    A = lambda v: blur(v.reshape(-1, 1, side, side)).reshape(v.shape)  # noqa: E731
-    inverse = lambda v: blur.pseudo_inverse(v.reshape(-1, 1, side, side), CUT).reshape(v.shape)  # noqa: E731
+
+    def A(v: Tensor) -> Tensor:
+        return blur(v.reshape(-1, 1, side, side)).reshape(v.shape)
+
+    def inverse(v: Tensor) -> Tensor:
+        return blur.pseudo_inverse(v.reshape(-1, 1, side, side), CUT).reshape(v.shape)
+
     inner: Denoiser = libraries.AzulaDenoiser(denoise, VPSchedule())
     quiet = {"silent": True, "dtype": F64}
     variance = (2 * NOISE) ** 2

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from harness import Benchmark, interleaved
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from invgen.priors import ArrayData, DiffusionPrior, Training
@@ -93,7 +94,7 @@ def run(folder: str) -> None:
     )
     training.fit(prior, Announced(x), progress=False)
     print("done", flush=True)
-    torch.save(prior.state_dict(), f"{folder}/weights.pt")
+    save_file({k: v.contiguous() for k, v in prior.state_dict().items()}, f"{folder}/weights.safetensors")
 
 
 def _announced(data: ArrayData, step: int, size: int, seed: int) -> dict[str, Tensor]:
@@ -120,7 +121,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     """What a run ended in."""
-    return torch.load(folder / "weights.pt", weights_only=True)
+    return load_file(folder / "weights.safetensors")
 
 
 def resumed_identical(folder: Path, kills: int = KILLS) -> int:
@@ -142,7 +143,7 @@ def resumed_identical(folder: Path, kills: int = KILLS) -> int:
             moment = moments.uniform(0, length)
             time.sleep(moment)
             child.send_signal(signal.SIGKILL)
-            if child.wait() == -signal.SIGKILL and not (killed / "weights.pt").exists():
+            if child.wait() == -signal.SIGKILL and not (killed / "weights.safetensors").exists():
                 break
             for file in killed.iterdir():
                 file.unlink()

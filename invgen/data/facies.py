@@ -134,7 +134,7 @@ class PlurigaussianFacies(Stream):
             raise ValueError(
                 f"indicator must be a facies from 0 to {len(self.proportions) - 1} or None, got {self.indicator}."
             )
-        self._gains  # noqa: B018 - refuses a covariance that cannot be embedded
+        _ = self._gains  # refuses a covariance that cannot be embedded
 
     @property
     def grid(self) -> Grid:

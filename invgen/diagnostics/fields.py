@@ -88,7 +88,7 @@ def images(x: Array, what: str = "The images") -> Tensor:
     return out
 
 
-def proportions(x: Array, *, threshold: float | None = 0.5, classes: int | None = None) -> np.ndarray:
+def proportions(x: Array, *, threshold: float = 0.5, classes: int | None = None) -> np.ndarray:
     """Share of every class in every image, `(n, classes)` float64.
 
     Args:
@@ -99,7 +99,7 @@ def proportions(x: Array, *, threshold: float | None = 0.5, classes: int | None 
     """
     v = images(x)
     if classes is None:
-        above = (v > (0.5 if threshold is None else threshold)).double().mean((1, 2))
+        above = (v > threshold).double().mean((1, 2))
         return torch.stack([1 - above, above], dim=1).numpy()
     rounded = v.round()
     if not torch.equal(rounded, v) or float(v.min()) < 0 or float(v.max()) > classes - 1:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from invgen.checkpoints import read_checkpoint, write_checkpoint
@@ -47,11 +48,7 @@ def write_prior(
     Raises:
         TypeError: a network that is not one of invgen's, or a transform that is not affine.
     """
-    foreign = [type(p).__name__ for p in parts.values() if type(p).__name__ not in networks.__all__]
-    if foreign or not isinstance(prior.transform, (Affine, Identity)):
-        raise TypeError(
-            f"Only priors with networks of invgen.priors.networks and an affine transform can be saved, this one has {', '.join(foreign) or 'known networks'} and {type(prior.transform).__name__}."
-        )
+    require_storable(parts.values(), prior.transform)
     meta = {
         "networks": {name: {"class": type(p).__name__, "settings": p.settings} for name, p in parts.items()},
         "settings": dict(settings),
@@ -64,9 +61,7 @@ def write_prior(
         for key, value in part.state_dict().items()
     }
     out |= {f"prior.{key}": value for key, value in (tensors or {}).items()}
-    if isinstance(prior.transform, Affine):
-        out |= {"transform.shift": prior.transform.shift, "transform.scale": prior.transform.scale}
-    return write_checkpoint(path, type(prior).__name__, out, meta)
+    return write_checkpoint(path, type(prior).__name__, out | affine_tensors(prior.transform), meta)
 
 
 def read_prior(path: str | Path, kind: str) -> Stored:
@@ -77,39 +72,77 @@ def read_prior(path: str | Path, kind: str) -> Stored:
     """
     tensors, meta = read_checkpoint(path, kind)
     try:
-        built: dict[str, nn.Module] = {}
+        made: dict[str, nn.Module] = {}
         for name, entry in meta["networks"].items():
-            if entry["class"] not in networks.__all__:
-                raise ValueError(
-                    f"{path} names the network {entry['class']!r}, which invgen does not have; known are {', '.join(networks.__all__)}."
-                )
-            built[name] = _network(path, entry, _under(name, tensors))
-        transform = None
-        if "transform.shift" in tensors:
-            transform = Affine(tensors["transform.shift"], tensors["transform.scale"])
+            require_known(path, entry["class"])
+            made[name] = built(path, entry["class"], entry["settings"], _under(name, tensors))
         grid = Grid.from_dict(meta["grid"]) if meta["grid"] else None
-        return Stored(built, _under("prior", tensors), dict(meta["settings"]), transform, grid, dict(meta["card"]))
+        return Stored(
+            made, _under("prior", tensors), dict(meta["settings"]), affine_of(tensors), grid, dict(meta["card"])
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"The settings in {path} are incomplete or of another version ({error}); the file is damaged or was edited."
-        ) from error
+        raise damaged(path, error) from error
 
 
 def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
 
-def _network(path: str | Path, entry: Mapping[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["settings"].items()}
-    network: nn.Module = getattr(networks, entry["class"])(**settings)
+def require_storable(parts: Iterable[nn.Module], transform: Transform) -> None:
+    """Raise a TypeError for networks or a transform that a file cannot name."""
+    foreign = [type(p).__name__ for p in parts if type(p).__name__ not in networks.__all__]
+    if foreign or not isinstance(transform, (Affine, Identity)):
+        raise TypeError(
+            f"Only priors with networks of invgen.priors.networks and an affine transform can be saved, this one has {', '.join(foreign) or 'known networks'} and {type(transform).__name__}."
+        )
+
+
+def require_known(path: str | Path, network: Any) -> None:
+    """Raise a ValueError for a file that names a network invgen does not have."""
+    if network not in networks.__all__:
+        raise ValueError(
+            f"{path} names the network {network!r}, which invgen does not have; known are {', '.join(networks.__all__)}."
+        )
+
+
+def built(path: str | Path, name: str, settings: Mapping[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The network of a file with its weights; float64 weights stay float64, halves widen."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    network: nn.Module = getattr(networks, name)(**options)
     kinds = {v.dtype for v in state.values() if v.is_floating_point()}
-    if len(kinds) == 1 and kinds != {next(network.parameters()).dtype}:
-        full = next(iter(kinds))
-        network = network.to(full) if full.itemsize > 4 else network  # float64 weights stay float64, halves widen
+    if kinds == {torch.float64}:
+        network = network.double()
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"The weights in {path} do not fit its network {entry['class']}; the file is damaged or was edited."
+            f"The weights in {path} do not fit its network {name}; the file is damaged or was edited."
         ) from error
     return network
+
+
+def affine_tensors(transform: Transform) -> dict[str, Tensor]:
+    """What a file holds of a transform.
+
+    Raises:
+        TypeError: a transform that is not affine.
+    """
+    if isinstance(transform, Affine):
+        return {"transform.shift": transform.shift, "transform.scale": transform.scale}
+    if not isinstance(transform, Identity):
+        raise TypeError(f"Only priors with an affine transform can be saved, this one has {type(transform).__name__}.")
+    return {}
+
+
+def affine_of(tensors: dict[str, Tensor]) -> Affine | None:
+    """The transform of a file, taken out of its tensors."""
+    if "transform.shift" not in tensors:
+        return None
+    return Affine(tensors.pop("transform.shift"), tensors.pop("transform.scale"))
+
+
+def damaged(path: str | Path, error: Exception) -> ValueError:
+    """What to raise when settings are missing or do not fit."""
+    return ValueError(
+        f"The settings in {path} are incomplete or of another version ({error}); the file is damaged or was edited."
+    )

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from invgen.checkpoints import read_checkpoint, write_checkpoint
 from invgen.grid import Grid
 from invgen.priors import conditions as conditioning
-from invgen.priors import networks
 from invgen.priors._placement import DepthChannel
+from invgen.priors._saving import affine_of, affine_tensors, built, damaged, require_known, require_storable
 from invgen.priors.conditions import Condition
 from invgen.priors.levels import Levels
-from invgen.transforms import Affine, Identity, Transform
+from invgen.transforms import Affine
 
 _VARIANT = ("parametrisation", "weighting", "sigmoid_bias", "time", "condition_dropout")
 
@@ -25,10 +25,7 @@ def common(prior: Any, half: bool, card: dict[str, Any] | None) -> tuple[dict[st
     Raises:
         TypeError: a network or a transform that a file cannot name.
     """
-    if type(prior.network).__name__ not in networks.__all__ or not isinstance(prior.transform, (Affine, Identity)):
-        raise TypeError(
-            f"Only priors with a network of invgen.priors.networks and an affine transform can be saved, this one has {type(prior.network).__name__} and {type(prior.transform).__name__}."
-        )
+    require_storable([prior.network], prior.transform)
     meta = {
         "network": type(prior.network).__name__,
         "settings": prior.network.settings,
@@ -43,55 +40,18 @@ def common(prior: Any, half: bool, card: dict[str, Any] | None) -> tuple[dict[st
     return tensors | affine_tensors(prior.transform), meta
 
 
-def affine_tensors(transform: Transform) -> dict[str, Tensor]:
-    """What a file holds of a transform.
-
-    Raises:
-        TypeError: a transform that is not affine.
-    """
-    if isinstance(transform, Affine):
-        return {"transform.shift": transform.shift, "transform.scale": transform.scale}
-    if not isinstance(transform, Identity):
-        raise TypeError(f"Only priors with an affine transform can be saved, this one has {type(transform).__name__}.")
-    return {}
-
-
-def affine_of(tensors: dict[str, Tensor]) -> Affine | None:
-    """The transform of a file, taken out of its tensors."""
-    if "transform.shift" not in tensors:
-        return None
-    return Affine(tensors.pop("transform.shift"), tensors.pop("transform.scale"))
-
-
 def network_of(path: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> tuple[nn.Module, Affine | None]:
     """The network with its weights, and the transform; both are taken out of `tensors`."""
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["settings"].items()}
-    network = getattr(networks, meta["network"])(**settings)
     transform = affine_of(tensors)
-    try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    except RuntimeError as error:
-        raise ValueError(
-            f"The weights in {path} do not fit its network {meta['network']}; the file is damaged or was edited."
-        ) from error
-    return network, transform
+    full = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return built(path, meta["network"], meta["settings"], full), transform
 
 
 def open_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Contents of a checkpoint whose network is one of invgen's."""
     tensors, meta = read_checkpoint(path, kind)
-    if meta.get("network") not in networks.__all__:
-        raise ValueError(
-            f"{path} names the network {meta.get('network')!r}, which invgen does not have; known are {', '.join(networks.__all__)}."
-        )
+    require_known(path, meta.get("network"))
     return tensors, meta
-
-
-def damaged(path: str | Path, error: Exception) -> ValueError:
-    """What to raise when settings are missing or do not fit."""
-    return ValueError(
-        f"The settings in {path} are incomplete or of another version ({error}); the file is damaged or was edited."
-    )
 
 
 def write(prior: Any, path: str | Path, half: bool, card: dict[str, Any] | None) -> Path:

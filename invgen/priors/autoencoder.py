@@ -20,7 +20,7 @@ from invgen.contracts import check_batch
 from invgen.grid import Grid
 from invgen.priors import networks
 from invgen.priors._fitting_networks import made_from
-from invgen.priors._saving import read_prior, write_prior
+from invgen.priors._saving import damaged, read_prior, write_prior
 from invgen.priors.gaussian import GaussianPrior
 from invgen.priors.kde import KernelDensityPrior
 from invgen.priors.pushforward import Pushforward
@@ -197,8 +197,6 @@ class Autoencoder(nn.Module):
                 **options,
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"The settings in {path} are incomplete or of another version ({error}); the file is damaged or was edited."
-            ) from error
+            raise damaged(path, error) from error
         made.seen = stored.card
         return made.eval().requires_grad_(False)

@@ -28,6 +28,7 @@ from invgen.checkpoints import write_checkpoint
 from invgen.contracts import HasDenoiser, check_batch
 from invgen.grid import Grid
 from invgen.priors import _stored
+from invgen.priors._saving import damaged
 from invgen.priors.flow import draw_latent
 from invgen.schedules import sigma_schedule
 from invgen.transforms import Identity, Transform
@@ -268,7 +269,7 @@ class Consistency(nn.Module):
                 context=context,
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise _stored.damaged(path, error) from error
+            raise damaged(path, error) from error
         model.seen = meta.get("card", {})
         return model.eval().requires_grad_(False)
 

@@ -23,7 +23,7 @@ from invgen.grid import Grid
 from invgen.priors import networks
 from invgen.priors._ode import exact_trace, log_normal, probed_trace, rademacher
 from invgen.priors._preconditioning import known
-from invgen.priors._stored import affine_of, affine_tensors, damaged
+from invgen.priors._saving import affine_of, affine_tensors, damaged
 from invgen.priors.flow import draw_latent
 from invgen.transforms import Identity, Transform
 

@@ -20,7 +20,7 @@ from invgen.contracts import check_batch
 from invgen.grid import Grid
 from invgen.priors._ode import log_normal
 from invgen.priors._preconditioning import known
-from invgen.priors._stored import affine_of, affine_tensors, damaged
+from invgen.priors._saving import affine_of, affine_tensors, damaged
 from invgen.transforms import Identity, Transform
 
 __all__ = ["Flow"]

@@ -13,7 +13,6 @@ mini-batches) have another joint law of noise and data, and D would be no poster
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,9 +144,10 @@ class FlowMatching(DiffusionPrior):
             return super()._draw(rng, steps, dtype, sampler, eta, rtol)
         x = rng.normal(self.shape, dtype=dtype)
         if sampler == "ode":
-            ahead: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda t, y, items: self._velocity(  # noqa: E731
-                y.reshape(-1, *self.shape), t
-            ).flatten(1)
+
+            def ahead(t: Tensor, y: Tensor, items: Tensor) -> Tensor:
+                return self._velocity(y.reshape(-1, *self.shape), t).flatten(1)
+
             y = integrate(ahead, x.double().flatten(1), 0.0, 1.0, rtol=rtol, atol=rtol)
             return self.sigma_data * y.reshape(x.shape).to(dtype)
         return self.sigma_data * _samplers.straight(self.velocity, x, steps, sampler)

@@ -72,7 +72,7 @@ class _FileData:
         """The array; sliced by rows, with `shape` and `dtype`."""
         raise NotImplementedError
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         shape, dtype = self._array.shape, self._array.dtype
         if len(shape) < 2 or np.dtype(dtype).kind not in "fiub":
             raise ValueError(
@@ -132,9 +132,6 @@ class MemmapData(_FileData):
     start: int = 0
     stop: int | None = None
 
-    def __post_init__(self) -> None:
-        self._check()
-
     def _open(self) -> Any:
         _require_file(self.file)
         try:
@@ -161,9 +158,6 @@ class HDF5Data(_FileData):
     dataset: str | None = None
     start: int = 0
     stop: int | None = None
-
-    def __post_init__(self) -> None:
-        self._check()
 
     def _open(self) -> Any:
         try:
@@ -198,9 +192,6 @@ class ZarrData(_FileData):
     array: str | None = None
     start: int = 0
     stop: int | None = None
-
-    def __post_init__(self) -> None:
-        self._check()
 
     def _open(self) -> Any:
         try:

@@ -32,7 +32,7 @@ from invgen.grid import Grid
 from invgen.priors import networks
 from invgen.priors._fitting_networks import made_from
 from invgen.priors._likelihoods import GaussianLikelihood, likelihood_of
-from invgen.priors._saving import read_prior, write_prior
+from invgen.priors._saving import damaged, read_prior, write_prior
 from invgen.transforms import Affine, Identity, Transform
 
 __all__ = ["VAE"]
@@ -398,8 +398,6 @@ class VAE(nn.Module):
             )
             prior.likelihood.restore(stored.tensors)
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"The settings in {path} are incomplete or of another version ({error}); the file is damaged or was edited."
-            ) from error
+            raise damaged(path, error) from error
         prior.seen = stored.card
         return prior.eval().requires_grad_(False)

@@ -200,7 +200,7 @@ def in_blocks(
     """Apply a function to `(n, …)` tensors by blocks, and join.
 
     A block is at most what the driver gives a chunk; on a CPU it fits a core's cache too, which is what the many
-    elementwise operations on thousands of particles cost (8192 in 800 dimensions: half the time).
+    elementwise operations on thousands of particles cost (8192 in 800 dimensions: a quarter of the time).
     """
     n, device = len(values[0]), values[0].device
     size = default_chunk(problem.model_shape, device)

@@ -17,12 +17,11 @@ from torch import Tensor
 from invgen.contracts import HasDenoiser, Solver
 from invgen.driver import DivergenceError, Streams
 from invgen.problem import InverseProblem
-from invgen.schedules import sigma_schedule
 from invgen.solvers._clean_field import check_clean_field, settle_clean_field, start_clean_field, sweep_clean_field
 from invgen.solvers._compiled import check_compiler, network_compiled
 from invgen.solvers._nuisance import nuisance_values
 from invgen.solvers.convolved import ConvolvedLikelihood
-from invgen.solvers.guidance import DPS, MMPS, Guidance, PiGDM, start_level
+from invgen.solvers.guidance import DPS, MMPS, Guidance, PiGDM, noise_levels, start_level
 from invgen.solvers.tmpd import TMPD
 
 __all__ = ["GuidedDiffusion"]
@@ -171,10 +170,7 @@ class GuidedDiffusion(Solver):
 
     def levels(self, problem: InverseProblem) -> list[float]:
         """The schedule: `steps` levels and 0."""
-        return problem.remember(
-            ("levels", self),
-            lambda: sigma_schedule(self.sigma_min, self.sigma_max or start_level(problem), self.steps, self.rho),
-        )
+        return noise_levels(self, problem, self.steps)
 
     def init(self, problem: InverseProblem, rng: Streams) -> dict[str, Tensor]:
         top = self.levels(problem)[0]

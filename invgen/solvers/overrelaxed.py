@@ -53,7 +53,8 @@ class OverrelaxedSplit(PnPDM):
     alone, at couplings as wide as the modes are apart: weights of distant modes need many `iterations`.
 
     Measured with the settings of `exam()`: on the 16-d Gaussian, the worst of noise 0.05 / 0.3 / 1, mean error 0.00, sd
-    ratio 1.01, coverage 0.90; on 64 × 64 Gaussian fields behind a mask, a blur and a post-stack operator 0.00, 1.00, 0.90.
+    ratio 1.01, coverage 0.90; on 64 × 64 Gaussian fields behind a mask, a blur, a post-stack
+    and a sparse operator 0.00, 1.00, 0.90. Averages: at noise 0.05 the stiffest direction has 1.5 times its variance.
 
     Args:
         iterations, rho_max, rho_min, inner, floor, hold, leaps: as in `PnPDM`.

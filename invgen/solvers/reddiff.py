@@ -12,7 +12,6 @@ from torch import Tensor
 from invgen.contracts import HasDenoiser, Solver
 from invgen.driver import Streams
 from invgen.problem import InverseProblem
-from invgen.schedules import sigma_schedule
 from invgen.solvers._inner import (
     check_data_step,
     conditional_mean,
@@ -21,7 +20,7 @@ from invgen.solvers._inner import (
     prior_centre,
 )
 from invgen.solvers.diffusion import check_start, name_bad_level
-from invgen.solvers.guidance import prior_variance, start_level
+from invgen.solvers.guidance import noise_levels, prior_variance
 
 __all__ = ["REDDiff"]
 
@@ -100,10 +99,7 @@ class REDDiff(Solver):
 
     def schedule(self, problem: InverseProblem) -> list[float]:
         """One noise level a step."""
-        return problem.remember(
-            ("levels", self),
-            lambda: sigma_schedule(self.sigma_min, self.sigma_max or start_level(problem), self.steps, self.rho)[:-1],
-        )
+        return noise_levels(self, problem, self.steps)[:-1]
 
     def init(self, problem: InverseProblem, rng: Streams) -> dict[str, Tensor]:
         xi = rng.normal(problem.model_shape, dtype=problem.dtype, tag="step")
