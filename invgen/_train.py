@@ -18,7 +18,20 @@ from invgen.priors.training import Training
 __all__ = ["train"]
 
 _TOP = (
-    *("data", "pool", "transform", "network", "grid", "prior", "training", "validation", "seed", "device", "out"),
+    *(
+        "data",
+        "pool",
+        "pool_file",
+        "transform",
+        "network",
+        "grid",
+        "prior",
+        "training",
+        "validation",
+        "seed",
+        "device",
+        "out",
+    ),
     "progress",
 )
 _PLAIN = ("validation", "seed", "device", "out", "progress", "training")
@@ -57,7 +70,7 @@ def train(
     if pool is not None and (not isinstance(pool, int) or isinstance(pool, bool) or pool < 2):
         raise ConfigError(f"pool is a number of examples, at least 2, got {pool!r}.")
     torch.manual_seed(options.seed)
-    given = material(data, options.validation, pool, config.get("grid"), options.seed)
+    given = material(data, options.validation, pool, config.get("grid"), options.seed, config.get("pool_file"))
     prior = make_prior(config.get("prior"), config.get("network"), config.get("transform"), given)
     _try(prior)
     decides = {k: config.get(k) for k in ("prior", "network", "transform", "pool", "grid")}
@@ -96,7 +109,7 @@ def _options(words: list[str], config: dict[str, Any], make: Callable[..., Any],
     parser = make(
         "train",
         "prior.safetensors",
-        "`invgen train FILE.yaml` (or --config FILE.yaml) holds the same names, and data, pool, transform, prior, network and grid settings. Interrupt with Ctrl-C and call again with the same --training.checkpoint to continue.",
+        "`invgen train FILE.yaml` (or --config FILE.yaml) holds the same names, and data, pool, pool_file, transform, prior, network and grid settings. Interrupt with Ctrl-C and call again with the same --training.checkpoint to continue.",
     )
     parser.add_argument(
         "--data",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,13 +41,14 @@ class Material:
     network: dict[str, Any] = field(default_factory=dict)
 
 
-def material(spec: Any, share: float, pool: int | None, grid: Any, seed: int) -> Material:
+def material(spec: Any, share: float, pool: int | None, grid: Any, seed: int, pool_file: str | None = None) -> Material:
     """The examples a configuration names.
 
     Args:
         spec: a .npy file, the word geology, or a class: a generator of invgen.data, `MemmapData`, `HDF5Data`, `ZarrData`.
         share: of the examples, held out. pool: examples a generator makes beforehand; None simulates while training.
         grid: mapping of a Grid, for arrays. seed: of generators and of what is held out.
+        pool_file: a .npy file that keeps the pool and is read instead of making the same one again.
 
     Raises:
         ConfigError: something that cannot be trained on.
@@ -57,6 +61,8 @@ def material(spec: Any, share: float, pool: int | None, grid: Any, seed: int) ->
         if pool is not None or grid is not None:
             raise ConfigError(f"Geology comes with its own {'pool' if pool is not None else 'grid'}; leave it out.")
         return _geology(spec, seed)
+    if pool_file is not None and pool is None:
+        raise ConfigError("pool_file keeps the pool of a generator; give pool as well.")
     if isinstance(spec, str) and not spec[:1].isupper():
         made: Any = _array(spec)
         told = Path(spec).name
@@ -65,7 +71,7 @@ def material(spec: Any, share: float, pool: int | None, grid: Any, seed: int) ->
     if isinstance(made, Stream):
         if grid is not None:
             raise ConfigError(f"The grid of {type(made).__name__} follows from its own settings; leave grid out.")
-        return _stream(made, told, share, pool, seed)
+        return _stream(made, told, share, pool, seed, pool_file)
     if pool is not None:
         raise ConfigError("pool is a number of examples that a generator makes; leave it out for a file.")
     return _rows(made, told, share, grid, seed)
@@ -107,14 +113,37 @@ def _array(file: str) -> Tensor:
     return array.float()
 
 
-def _stream(stream: Any, told: str, share: float, pool: int | None, seed: int) -> Material:
-    data = stream if pool is None else ArrayData(stream.pool(pool, seed=seed))
+def _stream(
+    stream: Any, told: str, share: float, pool: int | None, seed: int, pool_file: str | None = None
+) -> Material:
+    data = stream if pool is None else ArrayData(_pool(stream, told, pool, seed, pool_file))
     held = {"x": torch.from_numpy(stream.sample(HELD_OUT, seed=seed + 1))} if share > 0 else None
     look = data.x if isinstance(data, ArrayData) else torch.from_numpy(stream.sample(HELD_OUT, seed=seed + 2))
     shape = tuple(look.shape[1:])
     how = "simulated while training" if pool is None else f"{pool} examples"
     offers = {"shape": shape, "grid": getattr(stream, "grid", None)}
     return Material(data, held, f"invgen.data.{told}, seed {seed}, {how}", look, offers, {"channels": shape[0]})
+
+
+def _pool(stream: Any, told: str, pool: int, seed: int, file: str | None) -> Any:
+    """`pool` examples of a generator, from `file` if it keeps just these; its recipe lies beside it."""
+    if file is None:
+        return stream.pool(pool, seed=seed)
+    kept, recipe = Path(file), {"data": f"invgen.data.{told}", "seed": seed, "examples": pool}
+    beside = kept.with_suffix(".json")
+    if kept.exists():
+        found = json.loads(beside.read_text()) if beside.exists() else None
+        if found != recipe:
+            raise ConfigError(
+                f"{file} keeps {found or 'examples of unknown origin'}, not {recipe}; name another pool_file or delete it."
+            )
+        return torch.from_numpy(np.load(kept, allow_pickle=False))
+    examples = stream.pool(pool, seed=seed)
+    partial = kept.with_name(f"{kept.name}.{os.getpid()}.npy")
+    np.save(partial, np.asarray(examples))
+    beside.write_text(json.dumps(recipe))
+    partial.replace(kept)
+    return examples
 
 
 def _rows(made: Any, told: str, share: float, grid_spec: Any, seed: int) -> Material:

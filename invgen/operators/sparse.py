@@ -112,7 +112,7 @@ class SparseOperator(LinearOperator):
             )
         rows, columns = (torch.from_numpy(np.asarray(part, dtype=np.int64)) for part in (coo.row, coo.col))
         values = torch.from_numpy(np.asarray(coo.data, dtype=np.float64))
-        return cls(rows, columns, values, model_shape, data_shape)
+        return SparseOperator(rows, columns, values, model_shape, data_shape)
 
     @classmethod
     def examples(cls) -> list[Any]:

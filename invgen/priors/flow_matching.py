@@ -6,12 +6,20 @@ regression holds the denoiser: x_t = t u/s is data under noise of level sigma = 
 
     E[y | x_t] = x_t + (1 − t) v(x_t, t),        D(u, sigma) = s E[y | x_t],   t = s/(s + sigma),
 
-because y − x_t = (1 − t)(y − n). It is exact for independent pairs only: pairs matched by optimal transport (in
+because y − x_t = (1 − t)(y − n). The network may give v itself, or EDM's F on the same point of a variance-preserving
+process (Karras et al. 2022), x_t/N with N² = t² + (1 − t)². D = c_skip u + c_out F with u = x_t s/t is then
+
+    v = ((2t − 1) x_t/N + F)/N,
+
+of unit scale at both ends and without a cancellation, so that a network trained to denoise is one that flows: `of`.
+
+The identity for D is exact for independent pairs only: pairs matched by optimal transport (in
 mini-batches) have another joint law of noise and data, and D would be no posterior mean of the Gaussian channel.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -42,16 +50,16 @@ class FlowMatching(DiffusionPrior):
 
     Args:
         network: velocity v of `(batch, channels + extra, *spatial)` x_t and `(batch,)` ln(sigma)/4, held at the ends of the
-            range of noise levels.
+            range of noise levels; or F of the parametrisation "edm".
         shape, transform, grid, sigma_data, mean_variance_of_field, depth, conditions, condition_dropout: as in
             `DiffusionPrior`.
         sigma_min, sigma_max: range over which the network is told the level, (1 − t)/t times s.
         latent_steps: steps of `decode`. rule: of `decode`: "midpoint" or "heun" (two evaluations a step), or "euler".
         levels: law of the training times, `UniformTime()`.
-        weighting: "velocity": |v̂ − (y − n)|².
+        parametrisation: "flow" (the network is v) or "edm". weighting: "velocity": |v̂ − (y − n)|².
     """
 
-    parametrisations = ("flow",)
+    parametrisations = ("flow", "edm")
     own_settings = ("rule",)
 
     def __init__(
@@ -89,13 +97,37 @@ class FlowMatching(DiffusionPrior):
             latent_steps=latent_steps,
             parametrisation=parametrisation,
             levels=levels if levels is not None else UniformTime(),
-            weighting=weighting,
+            weighting=weighting if weighting is not None else "velocity",
             sigmoid_bias=sigmoid_bias,
             time=time,
             conditions=conditions,
             condition_dropout=condition_dropout,
         )
         self.rule = known(rule, _RULES, "rule")
+
+    @classmethod
+    def of(cls, teacher: Any, **options: Any) -> FlowMatching:
+        """A flow that starts from a copy of a diffusion's network and shares its coordinates; train it on.
+
+        Args:
+            teacher: a `DiffusionPrior` with the parametrisation "edm". options: of the constructor.
+        """
+        if getattr(teacher, "parametrisation", None) != "edm":
+            raise TypeError(
+                f"Only a DiffusionPrior with parametrisation 'edm' lends its network to a flow, got {type(teacher).__name__}; give the constructor a network."
+            )
+        names = (
+            "transform",
+            "grid",
+            "sigma_data",
+            "sigma_min",
+            "sigma_max",
+            "mean_variance_of_field",
+            "depth",
+            "conditions",
+        )
+        taken = {name: getattr(teacher, name) for name in names}
+        return cls(copy.deepcopy(teacher.network), teacher.shape, **{"parametrisation": "edm", **taken, **options})
 
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
         """v(x_t, t) `(batch, *shape)` in x's dtype, of x `(batch, *shape)` in units of s and t `(batch,)` in [0, 1]."""
@@ -105,7 +137,14 @@ class FlowMatching(DiffusionPrior):
     def _velocity(self, y: Tensor, t: Tensor, items: Tensor | None = None) -> Tensor:
         sigma = self.sigma_data * (1 - t) / t  # infinite at t = 0, where the embedding is held
         network = next(self.network.parameters()).dtype
-        return self._output(y.to(network), sigma, self.context, self.weight).to(y)
+        x = y.to(network)
+        if self.parametrisation == "flow":
+            return self._output(x, sigma, self.context, self.weight).to(y)
+        wide = (-1, *(1,) * (y.ndim - 1))
+        scale = (t.square() + (1 - t).square()).sqrt()
+        out = self._output(x / scale.to(x).reshape(wide), sigma, self.context, self.weight)
+        across, along = ((2 * t - 1) / scale.square()).to(y).reshape(wide), (1 / scale).to(y).reshape(wide)
+        return across * y + along * out.to(y)
 
     def decode(self, z: Tensor) -> Tensor:
         """f(z) = T(s x_1), x_0 = z ~ N(0, I): `latent_steps` equal steps of the ODE in t by `rule`."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from invgen.covariance import Dense
-from invgen.priors import ArrayData, FlowMatching, GaussianMixturePrior, GaussianPrior, Training
+from invgen.priors import ArrayData, DiffusionPrior, FlowMatching, GaussianMixturePrior, GaussianPrior, Training
 from invgen.priors.networks import MLPDenoiser
 from invgen.transforms import Affine
 
@@ -145,3 +145,24 @@ def test_bad_options():
         FlowMatching(MLPDenoiser(2), (2,)).sample(1, sampler="none")
     with pytest.raises(ValueError, match="shape"):
         FlowMatching(MLPDenoiser(2), (2,)).velocity(torch.zeros(3, 3), 0.5)
+
+
+def test_a_flow_of_a_diffusion_is_the_same_denoiser_and_its_velocity_follows():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = MLPDenoiser(3, width=8, depth=1).double()
+        for p in network.parameters():
+            p.data.add_(0.3 * torch.randn_like(p))
+    teacher = DiffusionPrior(network, (3,), transform=Affine(2.0, 3.0), sigma_data=1.7)
+    flow = FlowMatching.of(teacher)
+    u = 3 * torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(2))
+    sigma = torch.tensor([0.01, 0.3, 1.7, 9.0, 100.0], dtype=F64)
+    clean = teacher.denoise(u, sigma)
+    torch.testing.assert_close(flow.denoise(u, sigma), clean, rtol=1e-10, atol=1e-10)
+    t = 1.7 / (1.7 + sigma)
+    x = u / (1.7 + sigma)[:, None]
+    velocity = (clean / 1.7 - x) / (1 - t)[:, None]
+    torch.testing.assert_close(flow.velocity(x, t), velocity, rtol=1e-8, atol=1e-8)
+    assert flow.weighting == "velocity"
+    with pytest.raises(TypeError, match="parametrisation 'edm'"):
+        FlowMatching.of(DiffusionPrior(network, (3,), parametrisation="v"))
