@@ -143,6 +143,34 @@ class GAN(nn.Module):
         critic = networks.ConvCritic(shape[0], spatial, widths=critic_widths, patch=patch)
         return cls(generator, critic, tuple(shape), latent_shape=(latent,), **options)
 
+    @classmethod
+    def of(
+        cls, teacher: Any, *, critic_widths: tuple[int, ...] = (24, 48, 64, 96), patch: int = 2, **options: Any
+    ) -> Self:
+        """A generator that starts from a copy of a VAE's decoder, against a new `ConvCritic`; train it on.
+
+        The game then starts from draws that cover the data but are blurred, and not from noise.
+
+        Args:
+            teacher: a `VAE` with a `ConvDecoder` and a Gaussian or Bernoulli likelihood (then the generator ends in a
+                sigmoid: its mean). options: of the constructor.
+        """
+        decoder, kind = getattr(teacher, "decoder", None), getattr(teacher, "kind", None)
+        if not isinstance(decoder, networks.ConvDecoder) or kind not in ("gaussian", "bernoulli"):
+            raise TypeError(
+                f"Only a VAE with a ConvDecoder and a Gaussian or Bernoulli likelihood lends its decoder to a game, got {type(teacher).__name__}; build one with VAE.convolutional."
+            )
+        settings = dict(decoder.settings)
+        if kind == "bernoulli":
+            settings["output"] = "sigmoid"
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        generator = networks.ConvDecoder(**settings)
+        generator.load_state_dict(decoder.state_dict())
+        shape = tuple(teacher.shape)
+        critic = networks.ConvCritic(shape[0], (shape[1], shape[2]), widths=critic_widths, patch=patch)
+        known = {"latent_shape": teacher.latent_shape, "transform": teacher.transform, "grid": teacher.grid}
+        return cls(generator, critic, shape, **(known | options))
+
     # --- the model -------------------------------------------------------------------------------------------------
 
     @property

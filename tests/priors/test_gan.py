@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from invgen.contracts import HasDensity, HasLatent, Prior
-from invgen.priors import GAN, WGAN, ArrayData, Training
+from invgen.priors import GAN, VAE, WGAN, ArrayData, Training
 from invgen.priors._adversarial import sample_figures
 from invgen.priors.networks import MLP
 from invgen.transforms import Affine, Exp
@@ -330,3 +330,19 @@ def test_networks_that_do_not_fit_are_refused():
         GAN(MLP(2, 3), MLP(3, 2), (3,), latent_shape=(2,))
     with pytest.raises(ValueError, match="without its critic"):
         GAN(MLP(2, 3), None, (3,), latent_shape=(2,)).losses("critic", {"x": torch.zeros(2, 3)}, rng())
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
+def test_a_game_that_starts_from_a_vae_decodes_what_the_vae_does(kind):
+    torch.manual_seed(3)
+    vae = VAE.convolutional((1, 16, 16), latent=5, widths=(8, 8), likelihood=kind)
+    game = WGAN.of(vae, critic_widths=(6, 8), critic_steps=2)
+    z = torch.randn(4, 5)
+    torch.testing.assert_close(game.decode(z), vae.decode(z))
+    assert (game.latent_shape, game.critic_steps) == ((5,), 2)
+    kept = vae.decode(z)
+    for p in game.generator.parameters():
+        p.data.add_(1.0)
+    assert torch.equal(vae.decode(z), kept)
+    with pytest.raises(TypeError, match="Only a VAE with a ConvDecoder"):
+        WGAN.of(game)
