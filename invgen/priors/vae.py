@@ -119,9 +119,12 @@ class VAE(nn.Module):
         latent: int = 64,
         widths: tuple[int, ...] = (32, 48, 64, 96),
         patch: int = 2,
+        spatial: bool = False,
         **options: Any,
     ) -> VAE:
         """With `ConvEncoder` and `ConvDecoder` on `(channels, height, width)`; options are those of the constructor.
+
+        `spatial`: the latent is a coarse map of the field (15 numbers as 5 × 3 for 80 × 48 pixels).
 
         Sizes must be multiples of patch · 2^(len(widths) − 1), 16 with the defaults. 0.67 million parameters for 64×64.
         """
@@ -130,7 +133,9 @@ class VAE(nn.Module):
         multiple = likelihood_of(chosen.pop("likelihood", "gaussian"), tuple(shape), **chosen).multiple
         spatial = (shape[1], shape[2])
         encoder = networks.ConvEncoder(shape[0], spatial, 2 * latent, widths=widths, patch=patch)
-        decoder = networks.ConvDecoder(latent, multiple * shape[0], spatial, widths=widths, patch=patch)
+        decoder = networks.ConvDecoder(
+            latent, multiple * shape[0], spatial, widths=widths, patch=patch, spatial=spatial
+        )
         return cls(encoder, decoder, tuple(shape), latent=latent, **options)
 
     @property

@@ -104,3 +104,19 @@ def test_generators_start_without_a_checkerboard():
         blocks = torch.nn.functional.avg_pool2d(image, 2)
         torch.testing.assert_close(blocks.repeat_interleave(2, 2).repeat_interleave(2, 3), image, rtol=1e-4, atol=1e-6)
         assert blocks.std() > 1e-4
+
+
+def test_a_number_of_a_spatial_latent_shapes_the_field_around_its_own_place():
+    torch.manual_seed(0)
+    decoder = ConvDecoder(15, 1, (80, 48), widths=(4, 4, 6, 8), spatial=True)
+    again = ConvDecoder(**{k: tuple(v) if isinstance(v, list) else v for k, v in decoder.settings.items()})
+    assert [p.shape for p in again.parameters()] == [p.shape for p in decoder.parameters()]
+    for p in decoder.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    z = torch.zeros(2, 15)
+    z[1, 0] = 0.1  # the corner of the 5 × 3 map; group norms spread a faint change everywhere
+    with torch.no_grad():
+        change = decoder(z).diff(dim=0)[0, 0].abs()
+    assert float(change[:32, :32].mean()) > 2 * float(change[-32:].mean())
+    with pytest.raises(ValueError, match="multiple of 15"):
+        ConvDecoder(16, 1, (80, 48), spatial=True)

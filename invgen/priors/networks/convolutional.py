@@ -137,6 +137,11 @@ class ConvDecoder(nn.Module):
         widths: channels of each level, finest first.
         patch: fold factor of the last layer.
         output: "linear", or "tanh"/"sigmoid" where the field is known to be bounded by (−1, 1) or (0, 1).
+        spatial: the latent is a map of the coarsest size, entered by a 3×3 convolution: each of its numbers shapes the
+            field around its own place (the small latents of Laloy et al. 2018, doi:10.1002/2017WR022148).
+
+    Raises:
+        ValueError: sizes that cannot be halved as often, a spatial latent that does not fill whole maps.
 
     Cost: 20 million multiply-adds for a 64×64 image with the default widths.
     """
@@ -150,10 +155,16 @@ class ConvDecoder(nn.Module):
         widths: tuple[int, ...] = (32, 48, 64, 96),
         patch: int = 2,
         output: Output = "linear",
+        spatial: bool = False,
     ) -> None:
         super().__init__()
         self.coarse = coarsest(shape, widths, patch, type(self).__name__)
         check_output(output)
+        self.maps, left = divmod(latent, math.prod(self.coarse))
+        if spatial and left:
+            raise ValueError(
+                f"A spatial latent holds whole maps of {self.coarse[0]} × {self.coarse[1]} numbers, got {latent}; give a multiple of {math.prod(self.coarse)}."
+            )
         self.settings: dict[str, Any] = {
             "latent": latent,
             "channels": channels,
@@ -161,9 +172,14 @@ class ConvDecoder(nn.Module):
             "widths": list(widths),
             "patch": patch,
             "output": output,
+            **({"spatial": True} if spatial else {}),
         }
-        self.patch, self.output, self.top = patch, output, widths[-1]
-        self.enter = nn.Linear(latent, widths[-1] * math.prod(self.coarse))
+        self.patch, self.output, self.top, self.spatial = patch, output, widths[-1], spatial
+        self.enter: nn.Module = (
+            nn.Conv2d(self.maps, widths[-1], 3, padding=1)
+            if spatial
+            else nn.Linear(latent, widths[-1] * math.prod(self.coarse))
+        )
         upwards = tuple(reversed(widths))
         self.blocks = nn.ModuleList(Residual(c) for c in upwards)
         self.enlarge = nn.ModuleList(nn.Conv2d(a, 4 * b, 1) for a, b in itertools.pairwise(upwards))
@@ -175,6 +191,7 @@ class ConvDecoder(nn.Module):
         channels_last(self)
 
     def forward(self, z: Tensor) -> Tensor:
+        z = z.reshape(-1, self.maps, *self.coarse) if self.spatial else z
         h = self.enter(z).reshape(-1, self.top, *self.coarse).contiguous(memory_format=torch.channels_last)
         for i, block in enumerate(self.blocks):
             h = block(h)
