@@ -58,7 +58,7 @@ def nll_gap(log_prob: Callable[[Tensor], Tensor], n: int = 20_000) -> tuple[floa
 
 
 def flow_nll_gap(*, kind: str = "nsf", steps: int = 3000, batch_size: int = 512, seed: int = 0) -> float:
-    """A coupling flow of 6 layers (`kind`: "nsf" or "realnvp") trained on fresh draws."""
+    """A coupling flow (`kind`: "nsf", 6 layers of splines, or "realnvp", 12 affine layers) trained on fresh draws."""
     torch.manual_seed(seed)
     flow = Flow(2, kind=kind, transforms=6 if kind == "nsf" else 12, hidden=(64, 64), transform=_standard())
     return nll_gap(_train(flow, seed, steps=steps, batch_size=batch_size, learning_rate=2e-3).log_prob)[0]

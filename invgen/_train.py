@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def train(
         report = training.fit(prior, given.data, validation=given.held, progress=options.progress, settings=decides)
     card = {
         "data": given.told,
-        "command": "invgen train" + (f" --config {path}" if path else ""),
+        "command": "invgen train" + (f" --config {Path(path).name}" if path else ""),
         "seed": options.seed,
         "steps": report.steps,
         "training_seconds": round(report.seconds, 1),

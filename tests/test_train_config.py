@@ -25,6 +25,7 @@ GENERATORS = {
     "MeanderingChannels": SMALL,
     "HalfCircleChannels": {**SMALL, "quantity": "all"},
     "VelocityModels": {"family": "CurveVel_A", **SMALL},
+    "VelocityMixture": SMALL,
     "PlurigaussianFacies": {**SMALL, "spacing": [20.0, 20.0]},
     "SersicGalaxies": SMALL,
     "RockCrops": {**SMALL, "volume": "rock.npy", "voxel": 2.0},

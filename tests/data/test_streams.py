@@ -14,6 +14,7 @@ from invgen.data.galaxies import SersicGalaxies
 from invgen.data.rock import RockCrops
 from invgen.data.toys import Banana, Checkerboard, EightGaussians, Pinwheel, Spirals, TwoMoons
 from invgen.data.velocity import VelocityModels
+from invgen.data.velocity_mixture import VelocityMixture
 from invgen.priors.training import ArrayData
 
 VOLUME = (np.random.default_rng(0).random((30, 31, 32)) < 0.2).astype(np.uint8)
@@ -24,6 +25,7 @@ FIELDS = {
     "half circles, all": HalfCircleChannels(shape=(32, 48), quantity="all"),
     "layers": VelocityModels("CurveFault_B", shape=(33, 47)),
     "style": VelocityModels("Style_A", shape=(33, 47)),
+    "velocities": VelocityMixture(shape=(33, 47)),
     "plurigaussian": PlurigaussianFacies(shape=(33, 40)),
     "galaxies": SersicGalaxies(shape=(33, 40)),
     "slices of rock": RockCrops(VOLUME, shape=(16, 18)),
