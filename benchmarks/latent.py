@@ -207,9 +207,14 @@ def sgan(bench: Benchmark) -> None:
 
 def resume(bench: Benchmark) -> None:
     """Killed and resumed."""
-    from chain_resume import resume_identical
+    import tempfile
+    from pathlib import Path
 
-    bench.add("resume_identical", resume_identical(2 if bench.fast else 5), "of 5")
+    from chain_resume import resumed_identical
+
+    kills = 2 if bench.fast else 5
+    with tempfile.TemporaryDirectory() as folder:
+        bench.add("resume_identical", resumed_identical(Path(folder), kills=kills), f"of {kills}")
 
 
 def main() -> None:

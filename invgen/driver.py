@@ -6,15 +6,12 @@ not depend on how items are grouped into chunks, on the number of workers or on 
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ from torch import Tensor
 from invgen._adjoints import check_adjoints
 from invgen._interrupt import Stop
 from invgen._memory import keep_freed_memory
-from invgen.checkpoints import read_checkpoint, write_checkpoint
+from invgen._store import Store
 from invgen.streams import Streams
 
 if TYPE_CHECKING:
@@ -61,7 +58,7 @@ def run(
     progress: bool = False,
     checkpoint: str | Path | None = None,
     save_seconds: float = 60.0,
-    callbacks: Sequence[Callable[[int, dict[str, Tensor]], None]] = (),
+    callbacks: Sequence[Callable[[int, dict[str, Tensor]], object]] = (),
 ) -> Posterior:
     """Run a solver for every observation and sample.
 
@@ -75,15 +72,19 @@ def run(
         progress: show a bar on the terminal.
         checkpoint: file that finished chunks and, every `save_seconds` and on Ctrl-C, the running state go to; a run
             with the same settings continues from it.
-        callbacks: called after each step with (step, state).
+        callbacks: called after each step with (step, state). One that returns True ends the run of a solver that has
+            draws before its end (`finished_draws(state)`: Markov chains), once there is a draw, with the draws made so
+            far and `settings["stopped_after"]` steps; all items must be one chunk.
 
     Returns:
-        A `Posterior`. Ctrl-C returns the finished samples (the one in progress is dropped) with
-        `settings["interrupted"]`; samples that diverged are reported, weighted zero and left as NaN.
+        A `Posterior`. Ctrl-C returns the finished samples (the ones in progress are dropped) with
+        `settings["interrupted"]`; in the first chunk it returns the draws made so far of a solver that has some.
+        Samples that diverged are reported, weighted zero and left as NaN.
 
     Raises:
         DivergenceError: every sample became NaN or infinite.
         ValueError: an operator whose adjoint fails the dot test, which is made when a run first meets it.
+            A callback that ends the run of a solver without early draws, or of one chunk among several.
         KeyboardInterrupt: Ctrl-C before anything was finished.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -106,10 +107,10 @@ def run(
     size = chunk or (unit if solver.pooled else default_chunk(problem.model_shape, place))
     units, size = len(items) // unit, max(1, size // unit)
     size = -(-units // -(-units // size)) * unit  # equal chunks rather than a small last one
-    store = _Store(checkpoint, solver, problem, num_samples, seed, dtype)
+    store = Store(checkpoint, solver, problem, num_samples, seed, dtype)
     began, counts0 = time.perf_counter(), _counts(problem)
     steps = solver.num_steps(problem)
-    interrupted = False
+    interrupted, early = False, _Early(len(items))
     columns = (
         TextColumn(type(solver).__name__),
         BarColumn(),
@@ -137,6 +138,7 @@ def run(
                         store,
                         save_seconds,
                         callbacks,
+                        early,
                         lambda: bar.advance(task),
                     )
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -155,10 +157,9 @@ def run(
                 position += len(part)
         except KeyboardInterrupt:
             interrupted = True
-            if store.finished == 0:
+            if store.finished == 0 and not early.result:
                 raise
-    results = store.results
-    done = store.finished
+    results, done = (store.results, store.finished) if store.finished else (early.result, early.done)
     if done < len(items):  # only whole rectangles can be returned: all observations, or the first ones, or fewer draws
         whole = done // num_samples
         if whole:
@@ -181,6 +182,7 @@ def run(
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "interrupted": interrupted,
+        **({"stopped_after": early.steps} if early.steps else {}),
     }
     store.close(keep=interrupted)
     return Posterior.from_items(
@@ -197,6 +199,32 @@ def run(
         grid=getattr(problem.prior, "grid", None),
         problem=problem,
     )
+
+
+@dataclass
+class _Early:
+    """What becomes of a run that ends before its last step.
+
+    Attributes:
+        items: of the whole run. result, done: draws of the `done` items of the first chunk, cut short by Ctrl-C.
+        steps: after which a callback ended the run; 0 where none did.
+    """
+
+    items: int
+    result: dict[str, Tensor] = field(default_factory=dict)
+    done: int = 0
+    steps: int = 0
+
+    def allow(self, solver: Solver, part: int) -> None:
+        """Raise a ValueError where a callback may not end the run."""
+        if not hasattr(solver, "finished_draws"):
+            raise ValueError(
+                f"A callback returned True to end the run, but {type(solver).__name__} has no draws before its last step; let the callback return None."
+            )
+        if part < self.items:
+            raise ValueError(
+                f"A callback returned True to end the run of {part} of {self.items} items, and the others would have another number of draws; give chunk={self.items}, which makes one chunk of all."
+            )
 
 
 def _place(device: torch.device | str | None) -> torch.device:
@@ -219,9 +247,10 @@ def _chunk(
     place: torch.device,
     dtype: torch.dtype,
     steps: int,
-    store: _Store,
+    store: Store,
     save_seconds: float,
-    callbacks: Sequence[Callable[[int, dict[str, Tensor]], None]],
+    callbacks: Sequence[Callable[[int, dict[str, Tensor]], object]],
+    early: _Early,
     tick: Callable[[], None],
 ) -> dict[str, Tensor]:
     rng = Streams(seed, part, device=place)
@@ -235,24 +264,47 @@ def _chunk(
         state = {k: v.to(place) for k, v in state.items()}
         rng.restore(counters)
     tick()
-    saved = time.perf_counter()
-    with Stop(active=store.path is not None) as stop:
-        for step in range(first, steps):
-            bad = state.pop("first_bad_step")
-            state = dict(solver.step(mine, state, rng))
-            state["first_bad_step"] = _watch(state, bad, step)
-            tick()
-            if step % 64 == 63 and bool((state["first_bad_step"] < _NEVER).all()):
-                break  # nothing left to compute
-            for callback in callbacks:
-                callback(step, state)
-            if store.path is not None and (stop.asked or time.perf_counter() - saved > save_seconds):
-                store.pause(part, state, step + 1, rng.counters)
-                saved = time.perf_counter()
-            if stop.asked:
-                raise KeyboardInterrupt
-    bad = state.pop("first_bad_step")
-    result = dict(solver.finish(mine, state))
+    saved, ending = time.perf_counter(), False
+    bad = state["first_bad_step"]
+
+    def draws() -> int:
+        return int(solver.finished_draws(state)) if hasattr(solver, "finished_draws") else 0
+
+    try:
+        with Stop(active=store.path is not None) as stop:
+            for step in range(first, steps):
+                bad = state.pop("first_bad_step")
+                state = dict(solver.step(mine, state, rng))
+                state["first_bad_step"] = bad = _watch(state, bad, step)
+                tick()
+                if step % 64 == 63 and bool((bad < _NEVER).all()):
+                    break  # nothing left to compute
+                for callback in callbacks:
+                    if callback(step, state) is True:
+                        early.allow(solver, len(part))
+                        ending = True
+                if store.path is not None and (stop.asked or time.perf_counter() - saved > save_seconds):
+                    store.pause(part, state, step + 1, rng.counters)
+                    saved = time.perf_counter()
+                if stop.asked:
+                    raise KeyboardInterrupt
+                if ending and draws():
+                    early.steps = step + 1
+                    break
+    except KeyboardInterrupt:
+        if store.finished == 0 and draws():
+            state.pop("first_bad_step", None)
+            early.result, early.done = _result(solver, mine, state, bad, steps), len(part)
+        raise
+    state.pop("first_bad_step", None)
+    return _result(solver, mine, state, bad, steps)
+
+
+def _result(
+    solver: Solver, problem: InverseProblem, state: dict[str, Tensor], bad: Tensor, steps: int
+) -> dict[str, Tensor]:
+    """What the solver makes of a state, on the host, with the first bad step of each item."""
+    result = dict(solver.finish(problem, state))
     bad = _watch(result, bad, steps)
     bad = torch.where(bad == _NEVER, -1, bad)
     if "x" in result:  # what went wrong is left as NaN, never as a plausible number
@@ -288,131 +340,9 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-_COUNTERS = ("adjoint_count", "evaluations", "forward_count", "training")  # change while nothing else does
-
-
-def _fingerprint(problem: InverseProblem) -> str:
-    """SHA-256 over data, masks, physics, noise and priors: a checkpoint continues the problem it was made for."""
-    digest = hashlib.sha256()
-
-    def add(value: Any, depth: int = 0) -> None:
-        if isinstance(value, Tensor):
-            plain = value.detach().cpu().resolve_conj().contiguous()
-            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-        elif isinstance(value, (int, float, complex, str, bool, type(None))):
-            digest.update(repr(value).encode())
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                add(part, depth + 1)
-        else:
-            digest.update(type(value).__name__.encode())
-            if isinstance(value, torch.nn.Module):
-                for name, tensor in itertools.chain(value.named_parameters(), value.named_buffers()):
-                    add((name, tensor), depth + 1)
-            if depth < 4:  # noises, covariances, priors; underscored attributes are caches, except the covariance
-                for name, part in sorted(getattr(value, "__dict__", {}).items()):
-                    if (not name.startswith("_") and name not in _COUNTERS) or name == "_covariance":
-                        digest.update(name.encode())
-                        add(part, depth + 1)
-
-    for term in problem.terms:
-        add((term.data, term.mask, type(term.operator).__name__, str(term.operator)))
-        for name, tensor in term.operator.state_dict().items():
-            add((name, tensor))
-        add(term.noise)
-    add(problem.prior)
-    add((problem.model_shape, sorted(problem.nuisance), [problem.nuisance[k] for k in sorted(problem.nuisance)]))
-    return digest.hexdigest()
-
-
 def _counts(problem: InverseProblem) -> dict[str, int]:
     return {
         "network": int(getattr(problem.prior, "evaluations", 0)),
         "forward": sum(t.operator.forward_count for t in problem.terms),
         "adjoint": sum(getattr(t.operator, "adjoint_count", 0) for t in problem.terms),
     }
-
-
-class _Store:
-    """Finished items, and the state in progress, in memory and (if asked) in one file."""
-
-    def __init__(
-        self,
-        path: str | Path | None,
-        solver: Solver,
-        problem: InverseProblem,
-        num_samples: int,
-        seed: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self.path = Path(path) if path is not None else None
-        self.results: dict[str, Tensor] = {}
-        self.finished = 0
-        self._paused: tuple[dict[str, Tensor], int, dict[str, int], list[list[int]]] | None = None
-        self.key = ""
-        if self.path is not None:
-            text = json.dumps(
-                [type(solver).__name__, self.describe(solver), num_samples, seed, str(dtype), _fingerprint(problem)],
-                sort_keys=True,
-            )
-            self.key = hashlib.sha256(text.encode()).hexdigest()
-        if self.path is not None and self.path.is_file():
-            tensors, meta = read_checkpoint(self.path, "run")
-            if meta.get("key") != self.key:
-                raise ValueError(
-                    f"The checkpoint {self.path} belongs to a run with other settings, data or seed; give another file or delete it."
-                )
-            self.finished = int(meta["finished"])
-            self.results = {k.removeprefix("done."): v for k, v in tensors.items() if k.startswith("done.")}
-            state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
-            if state:
-                self._paused = (
-                    state,
-                    int(meta["step"]),
-                    {k: int(v) for k, v in meta["counters"].items()},
-                    meta["part"],
-                )
-
-    @staticmethod
-    def describe(solver: Any) -> dict[str, Any]:
-        """Hyper-parameters as plain values."""
-        if not dataclasses.is_dataclass(solver):
-            return {}
-        out: dict[str, Any] = {}
-        for f in dataclasses.fields(solver):
-            value = getattr(solver, f.name)
-            out[f.name] = value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
-        return out
-
-    def resume(self, part: list[tuple[int, int]]) -> tuple[dict[str, Tensor], int, dict[str, int]] | None:
-        if self._paused is None:
-            return None
-        state, step, counters, saved = self._paused
-        self._paused = None
-        return (state, step, counters) if [tuple(p) for p in saved] == part else None
-
-    def add(self, result: dict[str, Tensor], finished: int) -> None:
-        self.results = {k: torch.cat([self.results[k], v]) for k, v in result.items()} if self.results else result
-        self.finished = finished
-        self._write({}, {})
-
-    def pause(self, part: list[tuple[int, int]], state: dict[str, Tensor], step: int, counters: dict[str, int]) -> None:
-        self._write(
-            {f"state.{k}": v for k, v in state.items()},
-            {"step": step, "counters": counters, "part": [list(p) for p in part]},
-        )
-
-    def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        if self.path is not None:
-            write_checkpoint(
-                self.path,
-                "run",
-                {**{f"done.{k}": v for k, v in self.results.items()}, **tensors},
-                {"key": self.key, "finished": self.finished, **meta},
-            )
-
-    def close(self, *, keep: bool) -> None:
-        """Leave the checkpoint of an interrupted run; a finished one needs it no longer."""
-        if self.path is not None and not keep:
-            self.path.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from invgen.diagnostics._arrays import Array, chunks, tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ChainCheck", "check_chains", "ess", "nested_rhat", "rhat"]
+__all__ = ["ChainCheck", "check_chains", "ebfmi", "ess", "nested_rhat", "rhat"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +147,33 @@ def ess(draws: Array, *, kind: str = "bulk") -> np.ndarray:
     if kind not in kinds:
         raise ValueError(f"The kind of an effective sample size is 'bulk', 'tail' or 'mean', got {kind!r}.")
     return _each(draws, kinds[kind], chains=1)
+
+
+def ebfmi(energy: Array) -> np.ndarray:
+    """Energy Bayesian fraction of missing information of Hamiltonian chains: E-BFMI = Σ (E_n − E_{n−1})² / Σ (E_n − Ē)².
+
+    How far one draw of the momenta moves the energy, against how far the energy ranges. Near 1 (2 at most for independent
+    energies) momenta reach all levels; below 0.3 the chain walks through them slowly and misses the tails, as in a funnel.
+
+    Args:
+        energy: `(chain, draw)`, H of each draw, `stats["energy"][observation]` of HMC and NUTS; of every step (thin=1),
+            as thinned energies look more independent than the chain is.
+
+    Returns:
+        `(chain,)`; NaN where the energy never changes.
+
+    Raises:
+        ValueError: fewer than four draws, NaN.
+
+    Reference: Betancourt, Diagnosing suboptimal cotangent disintegrations in Hamiltonian Monte Carlo, 2016,
+    arXiv:1604.00695, section 3.
+    """
+    x = tensor(energy, "The energies")
+    if x.ndim != 2 or x.shape[1] < 4:
+        raise ValueError(f"Energies have the shape (chain, draw) with four draws at least, got {tuple(x.shape)}.")
+    values = x.cpu().numpy().astype(float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.square(np.diff(values, axis=1)).sum(1) / (values.var(1) * values.shape[1])
 
 
 def nested_rhat(draws: Array, *, rank_normalize: bool = False) -> np.ndarray:

@@ -16,6 +16,7 @@ alone (`_preconditioning.py`); their training levels are in `levels.py`, their s
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,28 @@ class DiffusionPrior(DenoisingLoss, Placed, nn.Module):
         """
         level = 7.0 * math.sqrt(max(math.prod(self.shape) * self.mean_variance_of_field, self.sigma_data**2))
         return min(level, self.sigma_max) if isinstance(self.levels, LinearBetas) else level
+
+    @classmethod
+    def of(cls, teacher: Any, **options: Any) -> Self:
+        """A model that starts from a copy of another one's network and shares its coordinates; train it on.
+
+        Other noise levels or a weighting for a `DiffusionPrior`; a `FlowMatching` out of a trained diffusion.
+
+        Args:
+            teacher: a `DiffusionPrior` whose parametrisation this class knows. options: of the constructor.
+        """
+        kind = getattr(teacher, "parametrisation", None)
+        if kind not in cls.parametrisations:
+            raise TypeError(
+                f"{cls.__name__}.of takes over a network with a parametrisation of {', '.join(cls.parametrisations)}, got {type(teacher).__name__}{f' with {kind!r}' if kind else ''}; give the constructor a network."
+            )
+        names = (
+            *("transform", "grid", "sigma_data", "sigma_min", "sigma_max", "mean_variance_of_field", "depth"),
+            *("conditions", "parametrisation", "time"),
+        )
+        taken = {name: getattr(teacher, name) for name in names}
+        network = copy.deepcopy(teacher.network).requires_grad_(True)
+        return cls(network, teacher.shape, **{**taken, **options})
 
     # --- draws -----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ mini-batches) have another joint law of noise and data, and D would be no poster
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -104,30 +103,6 @@ class FlowMatching(DiffusionPrior):
             condition_dropout=condition_dropout,
         )
         self.rule = known(rule, _RULES, "rule")
-
-    @classmethod
-    def of(cls, teacher: Any, **options: Any) -> FlowMatching:
-        """A flow that starts from a copy of a diffusion's network and shares its coordinates; train it on.
-
-        Args:
-            teacher: a `DiffusionPrior` with the parametrisation "edm". options: of the constructor.
-        """
-        if getattr(teacher, "parametrisation", None) != "edm":
-            raise TypeError(
-                f"Only a DiffusionPrior with parametrisation 'edm' lends its network to a flow, got {type(teacher).__name__}; give the constructor a network."
-            )
-        names = (
-            "transform",
-            "grid",
-            "sigma_data",
-            "sigma_min",
-            "sigma_max",
-            "mean_variance_of_field",
-            "depth",
-            "conditions",
-        )
-        taken = {name: getattr(teacher, name) for name in names}
-        return cls(copy.deepcopy(teacher.network), teacher.shape, **{"parametrisation": "edm", **taken, **options})
 
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
         """v(x_t, t) `(batch, *shape)` in x's dtype, of x `(batch, *shape)` in units of s and t `(batch,)` in [0, 1]."""

@@ -131,11 +131,9 @@ class VAE(nn.Module):
         kinds = ("likelihood", "sigma", "per_entry", "values")
         chosen = {k: options[k] for k in kinds if k in options}
         multiple = likelihood_of(chosen.pop("likelihood", "gaussian"), tuple(shape), **chosen).multiple
-        spatial = (shape[1], shape[2])
-        encoder = networks.ConvEncoder(shape[0], spatial, 2 * latent, widths=widths, patch=patch)
-        decoder = networks.ConvDecoder(
-            latent, multiple * shape[0], spatial, widths=widths, patch=patch, spatial=spatial
-        )
+        size = (shape[1], shape[2])
+        encoder = networks.ConvEncoder(shape[0], size, 2 * latent, widths=widths, patch=patch)
+        decoder = networks.ConvDecoder(latent, multiple * shape[0], size, widths=widths, patch=patch, spatial=spatial)
         return cls(encoder, decoder, tuple(shape), latent=latent, **options)
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from invgen.contracts import Solver
+from invgen.contracts import Solver, require
 from invgen.solvers._target import Target, check_target, target_of
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ class Chain(Solver):
     # --- the loop ------------------------------------------------------------------------------------------------------
 
     def check(self, problem: InverseProblem) -> None:
+        for capability in self.needs:
+            if isinstance(capability, type):  # the space decides between the members of a union
+                require(problem.prior, capability, self)
         check_target(self, problem, self.space, gradient=self.gradient)
         dim = target_of(problem, self.space).dim
         if isinstance(self.starts, Tensor) and (self.starts.ndim != 2 or self.starts.shape[1] != dim):

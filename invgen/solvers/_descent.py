@@ -170,8 +170,8 @@ def lbfgs_step(objective: Objective, state: State) -> State:
     return out
 
 
-def adam_step(objective: Objective, state: State, rate: float) -> State:
-    """One step of Adam (Kingma & Ba, arXiv:1412.6980, algorithm 1); the best point of each item is remembered."""
+def adam_step(objective: Objective, state: State, rate: float | Tensor) -> State:
+    """One step of Adam (Kingma & Ba, arXiv:1412.6980, algorithm 1), of one rate or `(batch, 1)`; best points are kept."""
     active = state["active"]
     if not bool(active.any()):
         return state

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from invgen.contracts import HasDensity, HasLatent, Solver, require
 from invgen.driver import default_chunk
+from invgen.noise import GaussianNoise
 from invgen.solvers._inner import accepted, term_misfit
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ class Target:
         model, theta = self.parts(q)
         prior = self.problem.prior
         x = prior.decode(model) if self.gaussian else prior.transform(model)
-        total = q.new_zeros(len(q))
+        total, good = q.new_zeros(len(q)), None
+        if theta:
+            good, theta = sound(self.problem, theta)
         if not self.gaussian:
             total = total - prior.log_prob(x) - prior.transform.log_det(model)
             for i, name in enumerate(self.names):
@@ -86,7 +89,7 @@ class Target:
         for i, term in enumerate(self.problem.observed_terms()):
             prediction = term.operator(x, **accepted(term, theta))
             total = total + term_misfit(self.problem, i, term, prediction, theta)
-        return total
+        return total if good is None else torch.where(good, total, torch.full_like(total, math.inf))
 
     def value(self, q: Tensor) -> Tensor:
         """Φ without a graph, `(batch,)`, in blocks of a cache's size."""
@@ -158,6 +161,21 @@ class Target:
             return Target(self.problem.select(list(rows)), self.space)
 
         return self.problem.remember(("target", self.space, first, last), build, shared=False)
+
+
+def sound(problem: InverseProblem, theta: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which items `(batch,)` have parameters that can be computed with, and theta with those of the others replaced.
+
+    A long step in a latent may overflow exp; noise refuses such levels, while a line search only needs to hear "no".
+    """
+    levels = {
+        t.noise.sigma for t in problem.terms if isinstance(t.noise, GaussianNoise) and isinstance(t.noise.sigma, str)
+    }
+    good = torch.stack([torch.isfinite(v) for v in theta.values()]).all(0)
+    for name in levels & set(theta):
+        square = theta[name].square()
+        good = good & (square > torch.finfo(square.dtype).tiny) & torch.isfinite(square)
+    return good, {k: torch.where(good, v, torch.ones_like(v)) for k, v in theta.items()}
 
 
 def target_of(problem: InverseProblem, space: str) -> Target:

@@ -16,7 +16,6 @@ Reference: Tarantola, Inverse Problem Theory, 2005, chapter 3; Bishop, Pattern R
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,12 +24,13 @@ from torch import Tensor
 
 from invgen.contracts import HasGaussian, HasMixture, Solver
 from invgen.covariance import Covariance
+from invgen.solvers._perturb import check_linear, in_units, perturbed, update
 
 if TYPE_CHECKING:
     from invgen.driver import Streams
     from invgen.problem import InverseProblem, LinearGaussian
 
-__all__ = ["ExactGaussian", "ExactMixture", "RandomizeThenOptimize"]
+__all__ = ["ExactGaussian", "ExactMixture"]
 
 
 class _Dense:
@@ -98,32 +98,9 @@ def _factor(C: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
-def _check_linear(solver: Solver, problem: InverseProblem, instead: str) -> None:
-    """Raise a TypeError unless the problem is linear-Gaussian in u with nothing else unknown."""
-    name = type(solver).__name__
-    if not getattr(problem.prior.transform, "affine", False):
-        raise TypeError(
-            f"{name} needs a prior with an affine transform, this one has {type(problem.prior.transform).__name__}; {instead}."
-        )
-    if problem.nuisance:
-        raise TypeError(
-            f"{name} solves for the model alone, but {sorted(problem.nuisance)} are unknown too; {instead}."
-        )
-    if not problem.is_linear_gaussian:
-        kinds = ", ".join(f"{type(t.operator).__name__} with {type(t.noise).__name__}" for t in problem.terms)
-        raise TypeError(
-            f"{name} is exact for linear operators with Gaussian noise only, this problem has {kinds}; {instead}."
-        )
-
-
 def _wide_system(problem: InverseProblem) -> LinearGaussian:
     """All terms in u and in float64."""
     return problem.select(range(problem.n_obs), dtype=torch.float64).linear_gaussian("u")
-
-
-def _in_units(problem: InverseProblem, u: Tensor) -> Tensor:
-    """x = T(u) in the dtype of the run."""
-    return problem.prior.transform(u).to(problem.dtype)
 
 
 def _check_size(solver: Solver, problem: InverseProblem, limit: int) -> None:
@@ -132,33 +109,6 @@ def _check_size(solver: Solver, problem: InverseProblem, limit: int) -> None:
         raise ValueError(
             f"{type(solver).__name__} factorises {n} x {n} matrices here and the limit is {limit}; raise limit= or use ExactGaussian(method='cg')."
         )
-
-
-def _perturbed(problem: InverseProblem, rng: Streams, *, rtol: float | None, max_iter: int) -> dict[str, Tensor]:
-    """One posterior draw an item: perturb the prior mean and the data, then solve to convergence."""
-    system, prior = problem.linear_gaussian("u"), problem.prior
-    A, R, C = system.operator, system.R, prior.covariance_u
-    dtype = system.data.dtype
-    white = rng.normal(getattr(C, "noise_shape", A.model_shape), dtype=system.data.real.dtype, tag="prior")
-    u = prior.mean_u.to(white) + C.sqrt(white)
-    noise = R.sqrt(rng.normal(getattr(R, "noise_shape", A.data_shape), dtype=dtype, tag="noise"))
-    return _update(problem, system, u, system.data + noise, rtol=rtol, max_iter=max_iter)
-
-
-def _update(
-    problem: InverseProblem, system: LinearGaussian, u: Tensor, data: Tensor, *, rtol: float | None, max_iter: int
-) -> dict[str, Tensor]:
-    """u + C Aᴴ (R + A C Aᴴ)⁻¹ (data − A u), with what the solve reports."""
-    A, C = system.operator, problem.prior.covariance_u
-    solved = A.solve(data - A(u), system.R_update, C, rtol=rtol, max_iter=max_iter)
-    u = u + C.apply(A.adjoint(solved.x))
-    missed = int((~solved.converged).sum())
-    if missed:
-        warnings.warn(
-            f"{missed} of {len(u)} linear solves stopped at a relative residual up to {float(solved.residual.max()):.1e} and are not draws of the posterior; raise max_iter or work in float64.",
-            stacklevel=2,
-        )
-    return {"x": _in_units(problem, u), "stat_converged": solved.converged, "stat_residual": solved.residual}
 
 
 @dataclass(frozen=True)
@@ -200,7 +150,7 @@ class ExactGaussian(Solver):
 
     def check(self, problem: InverseProblem) -> None:
         super().check(problem)
-        _check_linear(self, problem, "use a solver for non-linear problems, such as MAP")
+        check_linear(self, problem, "use a solver for non-linear problems, such as MAP")
         if self.method == "dense":
             _check_size(self, problem, self.limit)
 
@@ -213,13 +163,13 @@ class ExactGaussian(Solver):
 
     def step(self, problem: InverseProblem, state: dict[str, Tensor], rng: Streams) -> dict[str, Tensor]:
         if not self._is_dense(problem):
-            return _perturbed(problem, rng, rtol=self.rtol, max_iter=self.max_iter)
+            return perturbed(problem, rng, rtol=self.rtol, max_iter=self.max_iter)
         system = _wide_system(problem)
         dense = _one(problem, system)
         w, evidence = dense.centre(system.data)
         white = rng.normal(problem.model_shape, dtype=problem.dtype).flatten(1).to(torch.float64)
         return {
-            "x": _in_units(problem, dense.field(w + dense.spread(white))),
+            "x": in_units(problem, dense.field(w + dense.spread(white))),
             "log_evidence": evidence.expand(len(rng)),
         }
 
@@ -234,7 +184,7 @@ class ExactGaussian(Solver):
         here = problem.select(range(problem.n_obs), dtype=dtype)
         system = here.linear_gaussian("u")
         mean = here.prior.mean_u.to(device=system.data.device, dtype=dtype).expand(problem.n_obs, *problem.model_shape)
-        return _update(here, system, mean, system.data, rtol=self.rtol, max_iter=self.max_iter)["x"]
+        return update(here, system, mean, system.data, rtol=self.rtol, max_iter=self.max_iter)["x"]
 
     def moments(self, problem: InverseProblem, *, covariance: bool = True) -> tuple[Tensor, Tensor]:
         """Posterior mean `(obs, *shape)` and covariance `(n, n)` of x in closed form, float64.
@@ -290,7 +240,7 @@ class ExactMixture(Solver):
 
     def check(self, problem: InverseProblem) -> None:
         super().check(problem)
-        _check_linear(self, problem, "use a solver for non-linear problems, such as MAP")
+        check_linear(self, problem, "use a solver for non-linear problems, such as MAP")
         _check_size(self, problem, self.limit)
 
     def num_steps(self, problem: InverseProblem) -> int:
@@ -311,7 +261,7 @@ class ExactMixture(Solver):
         for k, part in enumerate(parts):
             here = (chosen == k) & torch.isfinite(evidence)
             u[here] = part.field(centres[k].expand(len(rng), -1)[here] + part.spread(white[here]))
-        return {"x": _in_units(problem, u), "log_evidence": evidence.expand(len(rng)), "stat_component": chosen}
+        return {"x": in_units(problem, u), "log_evidence": evidence.expand(len(rng)), "stat_component": chosen}
 
     def components(self, problem: InverseProblem) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior weights `(obs, K)`, means `(obs, K, *shape)` and covariances `(K, n, n)` of x, float64."""
@@ -352,50 +302,3 @@ def _weigh(problem: InverseProblem, parts: list[_Dense], data: Tensor) -> tuple[
     joint = torch.stack([evidence for _, evidence in solved], dim=1) + prior
     evidence = joint.logsumexp(1)
     return joint - evidence[:, None], [w for w, _ in solved], evidence
-
-
-@dataclass(frozen=True)
-class RandomizeThenOptimize(Solver):
-    """Perturb, then optimise: û ~ N(μ, C), d̂ ~ N(d, R), u = argmin ½|d̂ − A u|²_R + ½|u − û|²_C.
-
-    Targets p(x | d) exactly for a linear-Gaussian problem (Gaussian prior, affine transform) in which data *and* prior
-    mean are perturbed and the minimum is reached; independent draws. Anything else is refused: there the method needs
-    weights or a correction, and without them it is the approximation RandomizedMAP.
-
-    Args:
-        rtol: relative tolerance of the solve; the operator's default when omitted.
-        max_iter: iterations at the most; draws that stop earlier are reported in `stats["converged"]`,
-            `stats["residual"]` and a warning.
-
-    Cost: one `operator.solve` a draw (a forward and an adjoint an iteration where it is not direct).
-    Reference: Bardsley, Solonen, Haario & Laine, SIAM J. Sci. Comput. 36(4), A1895-A1910, 2014, the linear case.
-    """
-
-    needs: ClassVar[tuple[type, ...]] = (HasGaussian,)
-    kind: ClassVar[str] = "exact"
-
-    rtol: float | None = None
-    max_iter: int = 2000
-
-    @classmethod
-    def examples(cls) -> list[RandomizeThenOptimize]:
-        """Converged far beyond Monte-Carlo error."""
-        return [cls(rtol=1e-13)]
-
-    def check(self, problem: InverseProblem) -> None:
-        super().check(problem)
-        _check_linear(
-            self,
-            problem,
-            "elsewhere the method is RandomizedMAP, an approximation; use it or a sampler for non-linear problems",
-        )
-
-    def num_steps(self, problem: InverseProblem) -> int:
-        return 1
-
-    def init(self, problem: InverseProblem, rng: Streams) -> dict[str, Tensor]:
-        mean = problem.prior.mean_u.to(device=rng.device, dtype=problem.dtype)
-        return {"x": problem.prior.transform(mean.expand(len(rng), *problem.model_shape))}
-
-    def step(self, problem: InverseProblem, state: dict[str, Tensor], rng: Streams) -> dict[str, Tensor]:
-        return _perturbed(problem, rng, rtol=self.rtol, max_iter=self.max_iter)

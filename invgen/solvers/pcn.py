@@ -44,6 +44,8 @@ class PCN(Chain):
     needs: ClassVar[tuple[Any, ...]] = (HasLatent,)
     derivative_free: ClassVar[bool] = True
 
+    warmup: int = 2000
+    thin: int = 10
     beta: float = 0.2
     target: float | None = 0.234
 

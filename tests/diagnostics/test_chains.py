@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from invgen.diagnostics import check_chains, ess, nested_rhat, rhat
+from invgen.diagnostics import check_chains, ebfmi, ess, nested_rhat, rhat
 
 
 def ar(phi, chains, draws, dim, seed=0):
@@ -99,6 +99,23 @@ def test_nested_rhat_of_many_short_chains():
     assert (nested_rhat(start + rng.normal(size=(200, M, 1, 4))) > 2).all()
     heavy = rng.standard_cauchy((200, M, 1, 4))
     assert np.abs(nested_rhat(heavy, rank_normalize=True) - np.sqrt(1 + 1 / M)).max() < 0.01
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.6, 0.95])
+def test_missing_information_of_an_autoregression_of_energies(phi):
+    """Var(E_n − E_{n−1}) / Var(E) = 2 (1 − φ): independent energies have 2, chains that creep through them little."""
+    g = np.random.default_rng(1)
+    chains, draws = 8, 20000
+    energy = np.empty((chains, draws))
+    energy[:, 0] = g.standard_normal(chains)
+    for n in range(1, draws):
+        energy[:, n] = phi * energy[:, n - 1] + np.sqrt(1 - phi**2) * g.standard_normal(chains)
+    found = ebfmi(100 + 3 * energy)
+    assert found.shape == (chains,)
+    # the ratio of two averages of n (1 − φ)/(1 + φ) independent terms or more: 4.5 standard errors
+    np.testing.assert_allclose(found, 2 * (1 - phi), rtol=4.5 * np.sqrt(4 / draws * (1 + phi) / (1 - phi)))
+    with pytest.raises(ValueError, match=r"\(chain, draw\)"):
+        ebfmi(energy[0])
 
 
 def test_bad_input_says_what_to_do():

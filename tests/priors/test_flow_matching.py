@@ -164,5 +164,5 @@ def test_a_flow_of_a_diffusion_is_the_same_denoiser_and_its_velocity_follows():
     velocity = (clean / 1.7 - x) / (1 - t)[:, None]
     torch.testing.assert_close(flow.velocity(x, t), velocity, rtol=1e-8, atol=1e-8)
     assert flow.weighting == "velocity"
-    with pytest.raises(TypeError, match="parametrisation 'edm'"):
+    with pytest.raises(TypeError, match="a parametrisation of flow, edm"):
         FlowMatching.of(DiffusionPrior(network, (3,), parametrisation="v"))

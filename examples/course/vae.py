@@ -1,0 +1,97 @@
+"""Variational autoencoders: a bound that is one, the rate it spends, and the noise level that a wrong loss hides.
+
+    log p(x) ≥ ELBO = E_q log p(x | z) − KL(q(z | x) ‖ N(0, I)),      sums over pixels and over latent units
+
+The courses average: (1 − w)·mean(squared error) + w·KL, or a mean over pixels of the one plus a mean over units of the
+other. That is an ELBO too, of another model: a Gaussian likelihood with sigma = 0.69 on pixels in [0, 1] for the first
+(0.78, 0.39 in other notebooks), a weight beta = pixels/units (12 to 256) for the second; hence the blur. Here: facies are
+0 or 1, their likelihood is Bernoulli, both terms are sums, and the hidden sigma = 0.69 is trained beside it, in the open.
+
+    python examples/course/vae.py [--fast] [--figure vae.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from typing import Any
+
+import matplotlib.pyplot as plt
+import sections
+import torch
+
+from invgen.diagnostics import latent_path
+from invgen.priors import VAE, ArrayData, Training
+from invgen.solvers import MAP
+
+
+def main(fast: bool = False, figure: str = "vae.png") -> dict[str, float]:
+    """Train twice, measure, invert, draw; returns what it printed."""
+    began, curves, draws = time.process_time(), {}, {}
+    found: dict[str, float] = {}
+    x, fresh = sections.examples(300 if fast else 6000), sections.held_out(200 if fast else 1000)
+    models: dict[str, VAE] = {}
+    likelihoods: dict[str, dict[str, Any]] = {"Bernoulli": {"likelihood": "bernoulli"}, "course": {"sigma": 0.69}}
+    for name, likelihood in likelihoods.items():
+        torch.manual_seed(0)  # the first weights; training draws from streams of its own
+        vae = models[name] = VAE.convolutional(sections.SHAPE, latent=24, widths=(24, 48, 64), **likelihood)
+        training = Training(steps=20 if fast else 500, batch_size=16 if fast else 32, learning_rate=2e-3, ema=0.99)
+        training.fit(vae, ArrayData(x), progress=False)
+        vae.eval().requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of posterior collapse: its numbers are printed
+            figures = vae.validation({"x": fresh})
+        found |= {f"{name}_{key}": figures[key] for key in ("rate", "active_units", "reconstruction_rmse")}
+        curves[name] = vae.rate_distortion(fresh[:200])
+        draws[name] = vae.sample(len(fresh) // 2, seed=1)
+        found[f"{name}_distance_over_floor"] = sections.quality(draws[name], fresh)
+        if name == "Bernoulli":  # bits of a probability of 0 and 1; a density of a pixel has no such unit
+            found["bits_per_pixel"] = figures["bits_per_dim"]
+            tighter = vae.log_prob_estimate(fresh[:100], samples=4 if fast else 64)
+            found["bits_per_pixel_64_samples"] = float(-tighter.mean() / (1024 * torch.log(torch.tensor(2.0))))
+
+    # Sixty scattered cores, and the best z from many starts: each fits the data, their scatter is not a posterior's.
+    vae, truth, cores, sigma = models["Bernoulli"], fresh[:1], sections.points(60), 0.2
+    p = sections.problem(vae, cores, sigma, truth)
+    modes = MAP(space="z", keep="all", iterations=30 if fast else 150).solve(p, 4 if fast else 16, seed=1)
+    best = modes.samples[0, 0, modes.stats["objective"][0, 0].argmin()]
+    found["map_misfit"] = sections.misfit(p, modes.samples[0, 0])
+    found["map_rmse"] = float((best - truth).square().mean().sqrt())
+
+    fig, axes = plt.subplots(5, 6, figsize=(10, 9.4), layout="constrained")
+    sections.gallery(axes[0], fresh, "held-out sections")
+    for row, name, title in ((1, "Bernoulli", "draws, Bernoulli"), (2, "course", "draws, sigma = 0.69")):
+        ratio = found[f"{name}_distance_over_floor"]
+        sections.gallery(axes[row], draws[name], f"{title}: {ratio:.1f} × floor")
+    ends = vae.encode(fresh[:2]).mean
+    sections.gallery(axes[3], latent_path(vae.decode, ends[0], ends[1], 6), "interpolation on a great circle of z")
+    image = sections.show(axes[4, 0], truth, "truth, 60 cores")
+    sections.show_data(axes[4, 0], cores)
+    sections.show(axes[4, 1], best, "best of the modes")
+    sections.show(axes[4, 2], modes.samples[0, 0].mean(0), "mean of the modes")
+    axes[4, 0].set_xlabel("distance (m)", fontsize=8)
+    axes[4, 0].set_ylabel("depth (m)", fontsize=8)
+    fig.colorbar(image, ax=axes[:4, -1], label="sand (1) or shale (0), probability of sand", shrink=0.5)
+    for ax in axes[4, 3:]:
+        ax.remove()
+    ax = fig.add_subplot(axes[4, 0].get_gridspec()[4, 3:])
+    for name, label in (("Bernoulli", "Bernoulli"), ("course", "sigma = 0.69")):
+        ax.plot(
+            curves[name]["units"], curves[name]["rate"], label=f"{label}: {found[f'{name}_active_units']:.0f} active"
+        )
+    ax.set(xlabel="units, costliest first", ylabel="rate (nats)", title="what each latent unit costs")
+    ax.legend(fontsize=7)
+    fig.savefig(figure, dpi=100)
+    plt.close(fig)
+    found["cpu_seconds"] = time.process_time() - began
+    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--figure", default="vae.png")
+    main(**vars(parser.parse_args()))
