@@ -56,6 +56,11 @@ class Dense(Covariance):
             v.shape
         )
 
+    def _rows(self, v: Tensor, matrix: Tensor) -> Tensor:
+        """matrix @ v of every item; items stay rows in memory, or the product after this one runs at a third."""
+        items = v.flatten(-len(self.shape)) if v.ndim > len(self.shape) else v.flatten()
+        return (items @ matrix.mT).reshape(v.shape)
+
     def _f(self, like: Tensor, power: float) -> Tensor:
         if self.matrix.is_complex() and not like.is_complex():
             raise TypeError(
@@ -65,13 +70,13 @@ class Dense(Covariance):
 
     def apply(self, v: Tensor) -> Tensor:
         scale = self._f(v, 1.0)
-        return self._flat(v, lambda a: self.matrix.to(v) @ a) * scale
+        return self._rows(v, self.matrix.to(v)) * scale
 
     def solve(self, v: Tensor) -> Tensor:
         return self._flat(v, lambda a: torch.cholesky_solve(a, self.cholesky.to(v))) / self._f(v, 1.0)
 
     def sqrt(self, white: Tensor) -> Tensor:
-        return self._flat(white, lambda a: self.cholesky.to(white) @ a) * self._f(white, 0.5)
+        return self._rows(white, self.cholesky.to(white)) * self._f(white, 0.5)
 
     def whiten(self, v: Tensor) -> Tensor:
         return self._flat(v, lambda a: torch.linalg.solve_triangular(self.cholesky.to(v), a, upper=False)) / self._f(

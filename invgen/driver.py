@@ -118,7 +118,7 @@ def run(
         TextColumn("steps"),
         TimeRemainingColumn(),
     )
-    large = place.type == "cpu" and size * math.prod(problem.model_shape) >= 1 << 18
+    large = place.type == "cpu" and size * math.prod(problem.model_shape) >= 1 << 14
     with keep_freed_memory(large), Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("run", total=(steps + 1) * -(-len(items) // size))
         position = store.finished

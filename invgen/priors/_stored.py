@@ -71,11 +71,12 @@ def write(prior: Any, path: str | Path, half: bool, card: dict[str, Any] | None)
 def read(cls: type[Any], path: str | Path) -> Any:
     """Read one; a file of a flow-matching prior gives a `FlowMatching`, whichever class is asked."""
     tensors, meta = open_checkpoint(path, "DiffusionPrior")
-    if meta.get("parametrisation") == "flow" and "flow" not in cls.parametrisations:
+    flows = "rule" in meta  # the rule of its ODE tells a flow: networks of both kinds may have one parametrisation
+    if flows and "rule" not in cls.own_settings:
         from invgen.priors.flow_matching import FlowMatching
 
         cls = FlowMatching
-    elif meta.get("parametrisation", "edm") not in cls.parametrisations:
+    elif not flows and "rule" in cls.own_settings:
         raise ValueError(
             f"{path} holds a prior of the kind {meta.get('parametrisation', 'edm')!r}; load it with DiffusionPrior."
         )

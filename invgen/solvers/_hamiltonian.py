@@ -15,9 +15,11 @@ from torch import Tensor
 
 from invgen.contracts import HasDensity, HasLatent
 from invgen.solvers._chain import Chain, groups
-from invgen.solvers._metric import Metric, add_moments, learn_metric, no_moments, unit_metric
+from invgen.solvers._curvature import at_mode, average_curvature
+from invgen.solvers._metric import Metric, add_moments, curved_metric, learn_metric, no_moments, unit_metric
 from invgen.solvers._target import Target, target_of
 from invgen.solvers._warmup import average, first_average, first_length, windows
+from invgen.solvers._whitened import check_curvature, has_curvature
 
 if TYPE_CHECKING:
     from invgen.driver import Streams
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 DIVERGENT = 1000.0  # error of the energy that counts as a divergence
 _FULL = 512  # numbers in a position up to which "auto" learns correlations
+_PLACES = 4  # chains of an observation whose curvature is averaged
 _LIMIT = 2048  # beyond it the sums of squares of a window would take more than 64 MB an observation
-_MASSES = ("auto", "identity", "diagonal", "low-rank")
+_MASSES = ("auto", "identity", "diagonal", "low-rank", "curvature")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ class Hamiltonian(Chain):
         step_size: the first one, in units of the mass matrix; found from one step's acceptance when omitted. With
             `warmup=0` it is the only one.
         target: acceptance the warm-up aims at.
-        mass: "identity", "diagonal", "low-rank" or "auto" (low rank up to 512 numbers in a position, then diagonal).
-        rank: directions of the low-rank matrix.
+        mass: "identity"; "diagonal" or "low-rank", learnt from positions and gradients; "curvature", the low-rank
+            (I + mean of Jᵀ J)⁻¹ of the whitened predictions (Gaussian noise, latent space): known before the chains
+            have moved, at the price of about 4 · rank products with J and Jᵀ at the mode and twice at 4 chains; "auto":
+            low rank up to 512 numbers in a position, then curvature where there is one, else diagonal.
+        rank: directions of the low-rank matrices.
     """
 
     needs: ClassVar[tuple[Any, ...]] = (HasDensity | HasLatent,)
@@ -67,21 +73,38 @@ class Hamiltonian(Chain):
     def check(self, problem: InverseProblem) -> None:
         super().check(problem)
         dim = target_of(problem, self.space).dim
+        if self.mass == "curvature":
+            check_curvature(problem, f"{type(self).__name__}(mass='curvature')")
+            if not target_of(problem, self.space).gaussian:
+                raise ValueError(
+                    f"{type(self).__name__}(mass='curvature') knows the prior's curvature in latent space alone; give a prior with decode, or mass='low-rank'."
+                )
         if self.mass == "low-rank" and dim > _LIMIT:
             raise ValueError(
                 f"A low-rank mass matrix is learnt from the covariance of {dim} numbers, more than {_LIMIT}; take mass='diagonal'."
             )
 
+    def _mass(self, target: Target) -> str:
+        if self.mass != "auto":
+            return self.mass
+        if target.dim <= _FULL:
+            return "low-rank"
+        return "curvature" if target.gaussian and has_curvature(target.problem) else "diagonal"
+
     def begin(self, target: Target, state: dict[str, Tensor], rng: Streams) -> dict[str, Tensor]:
         observations = groups(rng)
         q, grad = state["z"], full_gradient(target, state["z"], state["grad"])
         like = q[:0]
-        kind = self.mass if self.mass != "auto" else ("low-rank" if target.dim <= _FULL else "diagonal")
+        kind = self._mass(target)
         full = kind == "low-rank"
-        metric = unit_metric(observations, target.dim, min(self.rank, target.dim) if full else 0, like)
+        if kind == "curvature":
+            shape = at_mode(target, state, observations, self.rank)
+            metric = curved_metric(shape["vectors"], shape["values"])
+        else:
+            metric = unit_metric(observations, target.dim, min(self.rank, target.dim) if full else 0, like)
         more = metric.entries() | {"grad": grad}
         more |= first_length(like.new_full((observations,), math.log(self.first_length)))
-        if kind != "identity":
+        if kind in ("diagonal", "low-rank"):
             more |= no_moments(observations, target.dim, full, like)
         if self.step_size is not None:
             log_step = like.new_full((observations,), math.log(self.step_size))
@@ -128,6 +151,10 @@ class Hamiltonian(Chain):
         """What the warm-up changes after a move: `state` already holds it; acceptance is pooled, (observations,)."""
         new = average(state, acceptance, self.target)
         first, ends = windows(self.warmup)
+        if clock + 1 in ends[:2] and self._mass(target) == "curvature":
+            found = average_curvature(target, state["z"], state["phi"], len(acceptance), self.rank, _PLACES)
+            new |= curved_metric(found["metric_vectors"], found["metric_values"]).entries()
+            return new | first_average(self._first_step(target, state | new, rng, torch.zeros_like(acceptance)))
         if "moment_count" not in state or not ends or not first <= clock < ends[-1]:
             return new
         observations = len(acceptance)

@@ -80,6 +80,13 @@ def unit_metric(observations: int, dim: int, rank: int, like: Tensor) -> Metric:
     return _filled(scale, basis, like.new_ones(observations, 1, rank))
 
 
+def curved_metric(vectors: Tensor, values: Tensor) -> Metric:
+    """(I + V Λ Vᵀ)⁻¹ for orthonormal rows `(observations, rank, dim)` and their curvatures `(observations, rank)`."""
+    basis = torch.nan_to_num(vectors).mT.contiguous()
+    scale = basis.new_ones(len(basis), 1, basis.shape[1])
+    return _filled(scale, basis, (1 / (1 + torch.nan_to_num(values)))[:, None])
+
+
 def _filled(scale: Tensor, basis: Tensor, spread: Tensor) -> Metric:
     observations, dim, rank = basis.shape
     dense = scale.new_zeros(observations, 0, 0)

@@ -50,6 +50,11 @@ def check_curvature(problem: InverseProblem, name: str) -> None:
             )
 
 
+def has_curvature(problem: InverseProblem) -> bool:
+    """True where `check_curvature` is content."""
+    return all(isinstance(t.noise, GaussianNoise) and t.operator.derivative_order >= 2 for t in problem.terms)
+
+
 def over_reals(v: Tensor) -> Tensor:
     """Whitened data, flat and real: a complex datum of variance σ² is two real ones of variance σ²/2."""
     v = v.flatten(1)

@@ -30,9 +30,8 @@ from torch import Tensor
 
 from invgen.contracts import HasLatent
 from invgen.noise import GaussianNoise
-from invgen.solvers import _descent
 from invgen.solvers._chain import Chain, groups, pooled_mean
-from invgen.solvers._lowrank import laplace_factors
+from invgen.solvers._curvature import at_mode, average_curvature
 from invgen.solvers._target import Target
 from invgen.solvers._whitened import check_curvature
 
@@ -42,9 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GPCN", "InfMALA"]
 
-_STARTS, _ITERATIONS = 4, 100  # of the search for the mode
-_PLACES = 16  # chains of an observation whose curvature is averaged
-_LEAST = 1e-2  # eigenvalue, against the prior's 1, below which a direction is left out
 _REFERENCES = ("both", "prior", "laplace")
 
 
@@ -69,53 +65,6 @@ class _Shape:
     def each(self, batch: int) -> Tensor:
         """Λ of every chain, `(batch, rank)`."""
         return self.values.repeat_interleave(batch // len(self.values), 0)
-
-
-def _laplace(target: Target, state: dict[str, Tensor], observations: int, rank: int | None) -> dict[str, Tensor]:
-    """Mode and curvature of each observation: L-BFGS from its likeliest starts, then a randomised decomposition."""
-    z, phi = state["z"], state["phi"]
-    chains = len(z) // observations
-    order = phi.reshape(observations, chains).argsort(1)[:, : min(_STARTS, chains)]  # NaN comes last
-    picks = (order + chains * torch.arange(observations, device=z.device)[:, None]).flatten()
-    part = Target(_rows(target, picks), target.space)
-
-    def objective(q: Tensor) -> Tensor:
-        return part.misfit(q) + 0.5 * q.square().sum(1)
-
-    found = _descent.start(objective, z[picks], 1e-4, 10, adam=False)
-    for _ in range(_ITERATIONS):
-        if not bool(found["active"].any()):
-            break
-        found = _descent.lbfgs_step(objective, found)
-    value = found["f"].nan_to_num(nan=math.inf).reshape(observations, -1)
-    mode = found["v"].reshape(observations, -1, z.shape[1])[torch.arange(observations), value.argmin(1)]
-    factors = laplace_factors(_rows(target, picks[:: order.shape[1]]), mode, rank, physical=target._physical)
-    return {"mode": factors.mode, "vectors": factors.vectors, "values": factors.values}
-
-
-def _rows(target: Target, picks: Tensor) -> InverseProblem:
-    """The problem of the items `picks`; data of one row serve any."""
-    shared = all(t.n_obs == 1 for t in target.problem.terms)
-    return target.problem if shared else target.problem.select(picks.tolist())
-
-
-def _average(target: Target, z: Tensor, phi: Tensor, observations: int, rank: int | None) -> dict[str, Tensor]:
-    """Curvature averaged over up to 16 living chains of each observation: mean of V_k Λ_k V_kᵀ, by an SVD of its root."""
-    chains = len(z) // observations
-    dead = (~torch.isfinite(phi)).reshape(observations, chains).to(torch.int8)
-    order = dead.argsort(dim=1, stable=True)[:, : min(_PLACES, chains)]
-    places = order.shape[1]
-    picks = (order + chains * torch.arange(observations, device=z.device)[:, None]).flatten()
-    here = laplace_factors(_rows(target, picks), z[picks], rank, physical=target._physical)
-    alive = torch.isfinite(here.mode).all(1).reshape(observations, -1).sum(1).clamp_min(1)
-    root = (here.values[..., None].sqrt() * here.vectors).reshape(observations, places * here.rank, -1)
-    _, singular, rows = torch.linalg.svd(root / alive.to(root)[:, None, None].sqrt(), full_matrices=False)
-    values = singular.square()
-    keep = values >= _LEAST
-    used = max(1, int(keep.sum(1).max())) if rank is None else min(rank, values.shape[1])
-    values = torch.where(keep, values, torch.zeros_like(values))[:, :used]
-    rows = torch.where(keep[..., None], rows, torch.zeros_like(rows))[:, :used]
-    return {"metric_vectors": rows.contiguous(), "metric_values": values.contiguous()}
 
 
 def _log_step(state: dict[str, Tensor], first: float) -> Tensor:
@@ -190,7 +139,7 @@ class GPCN(Chain):
 
     def begin(self, target: Target, state: dict[str, Tensor], rng: Streams) -> dict[str, Tensor]:
         steps = {f"log_{name}": _log_step(state, self.beta) for name in self._kernels()}
-        found = _laplace(target, state, groups(rng), self.rank)
+        found = at_mode(target, state, groups(rng), self.rank)
         return steps | found | {"metric_vectors": found["vectors"], "metric_values": found["values"]}
 
     def _kernels(self) -> tuple[str, ...]:
@@ -202,7 +151,7 @@ class GPCN(Chain):
         z, phi = state["z"], state["phi"]
         new: dict[str, Tensor] = {}
         if clock == self.warmup // 2 and clock < self.warmup and "prior" in self._kernels():
-            new |= _average(target, z, phi, groups(rng), self.rank)
+            new |= average_curvature(target, z, phi, groups(rng), self.rank)
         metric = _metric(state | new)
         peak = _Shape(state["vectors"], state["values"])
         total, wrong = torch.zeros_like(phi), torch.zeros_like(phi)
@@ -320,7 +269,7 @@ class InfMALA(Chain):
         z, n = state["z"], groups(rng)
         found = {"vectors": z.new_zeros(n, 1, target.dim), "values": z.new_zeros(n, 1)}
         if self._preconditions(target.problem):
-            found = _laplace(target, state, n, self.rank)
+            found = at_mode(target, state, n, self.rank)
         metric = {"metric_vectors": found["vectors"], "metric_values": found["values"]}
         return {"log_step": _log_step(state, self.step_size)} | metric
 
@@ -330,7 +279,7 @@ class InfMALA(Chain):
         z, phi, grad = state["z"], state["phi"], state["grad"]
         new: dict[str, Tensor] = {}
         if clock == self.warmup // 2 and clock < self.warmup and self._preconditions(target.problem):
-            new = _average(target, z, phi, groups(rng), self.rank)
+            new = average_curvature(target, z, phi, groups(rng), self.rank)
         shape = _metric(state | new)
         step = state["log_step"].exp()[:, None]
         h, inner = step.clamp_max(4.0), (step / (1 + shape.each(len(z)))).clamp_max(4.0)

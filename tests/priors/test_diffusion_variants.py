@@ -345,13 +345,14 @@ def test_an_unknown_sampler_says_which_there_are():
 # --- disk ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*KINDS, "flow"])
+@pytest.mark.parametrize("name", [*KINDS, "flow", "flow of edm"])
 def test_save_and_load(tmp_path, name):
     torch.manual_seed(0)
     network = MLPDenoiser(2, width=8, depth=1)
     network.leave.weight.data.normal_()
-    if name == "flow":
-        prior = FlowMatching(network, (2,), rule="heun", latent_steps=3)
+    if name in ("flow", "flow of edm"):
+        kind = "flow" if name == "flow" else "edm"
+        prior = FlowMatching(network, (2,), rule="heun", latent_steps=3, parametrisation=kind)
     else:
         levels = {"epsilon": LinearBetas(1200), "v": CosineLevels(), "x": AdaptiveLevels()}.get(name)
         prior = DiffusionPrior(
@@ -370,7 +371,7 @@ def test_save_and_load(tmp_path, name):
     assert (other.sigma_min, other.sigma_max) == (prior.sigma_min, prior.sigma_max)
     z = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     assert torch.equal(other.decode(z), prior.decode(z))
-    if name != "flow":
+    if not name.startswith("flow"):
         with pytest.raises(ValueError, match="load it with DiffusionPrior"):
             FlowMatching.load(tmp_path / "p.safetensors")
 
