@@ -80,6 +80,7 @@ def train(
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _say
         report = training.fit(prior, given.data, validation=given.held, progress=options.progress, settings=decides)
+    before = getattr(prior, "seen", {}).get("started_from")
     card = {
         "data": given.told,
         "command": "invgen train" + (f" --config {Path(path).name}" if path else ""),
@@ -88,6 +89,9 @@ def train(
         "training_seconds": round(report.seconds, 1),
         "validation": {k: round(v, 5) for k, v in report.validation.items()},
     }
+    if before:  # what the model whose network it started from has cost belongs to its own cost
+        earlier = before.get("total_training_seconds", before.get("training_seconds", 0.0))
+        card |= {"started_from": before, "total_training_seconds": round(report.seconds + earlier, 1)}
     prior.to("cpu").save(out, card=card)
     figures = ", ".join(f"{k.replace('_at_', ' at sigma ')}: {v:.4f}" for k, v in report.validation.items())
     told = ""

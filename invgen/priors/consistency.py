@@ -130,6 +130,7 @@ class Consistency(nn.Module):
             "context": teacher.context,
         }
         model = cls(network, teacher.shape, teacher=teacher, steps=steps, **(known | options))
+        model.seen = {"started_from": dict(teacher.seen)}
         return model.centred()
 
     @classmethod

@@ -225,7 +225,9 @@ class DiffusionPrior(DenoisingLoss, Placed, nn.Module):
         )
         taken = {name: getattr(teacher, name) for name in names}
         network = copy.deepcopy(teacher.network).requires_grad_(True)
-        return cls(network, teacher.shape, **{**taken, **options})
+        prior = cls(network, teacher.shape, **{**taken, **options})
+        prior.seen = {"started_from": dict(teacher.seen)}
+        return prior
 
     # --- draws -----------------------------------------------------------------------------------------------------
 

@@ -169,7 +169,9 @@ class GAN(nn.Module):
         shape = tuple(teacher.shape)
         critic = networks.ConvCritic(shape[0], (shape[1], shape[2]), widths=critic_widths, patch=patch)
         known = {"latent_shape": teacher.latent_shape, "transform": teacher.transform, "grid": teacher.grid}
-        return cls(generator, critic, shape, **(known | options))
+        prior = cls(generator, critic, shape, **(known | options))
+        prior.seen = {"started_from": dict(teacher.seen)}
+        return prior
 
     # --- the model -------------------------------------------------------------------------------------------------
 
