@@ -89,13 +89,24 @@ def run(folder: str, which: int, steps: int) -> None:
 
 def identical(a: Posterior, b: Posterior) -> bool:
     """Every number of two posteriors, bit for bit."""
-    same = torch.equal(a.samples, b.samples) and a.latent is not None and b.latent is not None
+    if a.latent is None or b.latent is None:
+        return False
     return (
-        same
-        and torch.equal(a.latent, b.latent)  # type: ignore[arg-type]
+        torch.equal(a.samples, b.samples)
+        and torch.equal(a.latent, b.latent)
         and a.stats.keys() == b.stats.keys()
         and all(torch.equal(v.nan_to_num(-7.0), b.stats[k].nan_to_num(-7.0)) for k, v in a.stats.items())
     )
+
+
+class _Steps:
+    """A callback that remembers the steps it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, step: int, _: dict[str, Tensor]) -> None:
+        self.seen.append(step)
 
 
 def resumed_identical(folder: Path, kills: int = KILLS, steps: int = 800, seed: int = SEED) -> int:
@@ -118,13 +129,13 @@ def resumed_identical(folder: Path, kills: int = KILLS, steps: int = 800, seed: 
         killed.mkdir()
         moment = _kill(killed, which, steps, moments, length)
         left = sorted(p.name for p in killed.iterdir())
-        resumed: list[int] = []
-        found = solve(which, steps, killed, checkpoint=True, callback=lambda step, _, seen=resumed: seen.append(step))  # type: ignore[misc]
+        resumed = _Steps()
+        found = solve(which, steps, killed, checkpoint=True, callback=resumed)
         drawn = [DrawFile.read(f / "draws.npy") for f in (killed, folder / f"whole{which}")]
         equal = identical(found, expected) and drawn[0].shape == drawn[1].shape and bool((drawn[0] == drawn[1]).all())
         same += equal
         print(
-            f"{type(solvers(steps)[which]).__name__} killed {moment:.2f} s after its first step (a whole run: {length:.2f} s), leaving {', '.join(left) or 'nothing'}, continued at step {resumed[0]}: "
+            f"{type(solvers(steps)[which]).__name__} killed {moment:.2f} s after its first step (a whole run: {length:.2f} s), leaving {', '.join(left) or 'nothing'}, continued at step {resumed.seen[0]}: "
             f"{'identical' if equal else 'DIFFERENT'} chains",
             flush=True,
         )

@@ -28,7 +28,7 @@ import torch
 from harness import Benchmark
 from torch import Tensor
 
-from invgen.diagnostics import check_superchains, ess, sbc
+from invgen.diagnostics import ess, nested_rhat, sbc
 from invgen.noise import GaussianNoise
 from invgen.operators import StraightRays
 from invgen.priors import pretrained
@@ -89,7 +89,7 @@ def chains(bench: Benchmark, names: list[str]) -> None:
         posterior = solver.solve(problem, count, seed=1, device=bench.args.device)
         seconds = time.process_time() - began
         z = posterior.latent[0].flatten(2).double().reshape(groups, count // groups, draws, -1)
-        nested = check_superchains(z, tolerance=1e-4).nested_rhat
+        nested = nested_rhat(z)
         worth = ess(z.flatten(0, 1))
         fit = chi2(problem, posterior.samples[0].flatten(0, 1))
         n = math.prod(problem.terms[0].operator.data_shape)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 COURSE = Path(__file__).resolve().parents[1] / "examples" / "course"
-SHARED = ("moons", "sections")
+SHARED = ("lesson", "moons", "sections")
 SCRIPTS = sorted(p.stem for p in COURSE.glob("*.py") if p.stem not in SHARED)
 
 

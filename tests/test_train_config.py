@@ -225,3 +225,49 @@ def test_what_cannot_be_trained(
     here: Path, capsys: pytest.CaptureFixture[str], config: dict[str, object], says: str
 ) -> None:
     assert says in refused(capsys, config)
+
+
+POOLED = {
+    "data": "TwoMoons",
+    "pool": 64,
+    "pool_file": "moons.npy",
+    "network": {"class_path": "MLPDenoiser", "init_args": {"width": 8, "depth": 1}},
+}
+
+
+def _pooled(steps: int, **more: object) -> dict[str, object]:
+    training = {"steps": steps, "batch_size": 8, "checkpoint": "state.ckpt"}
+    return {**POOLED, "training": training, "out": "p.safetensors", **more}
+
+
+def test_a_pool_is_kept_and_the_same_pool_is_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(_pooled(2))
+    kept = np.load("moons.npy")
+    assert kept.shape == (64, 2)
+    made = invgen.data.TwoMoons().pool(64, seed=0).numpy()
+    np.testing.assert_array_equal(kept, made)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the pool was made again")
+
+    monkeypatch.setattr(Stream, "pool", refuse)
+    run(_pooled(3, out="q.safetensors"))
+    assert Path("q.safetensors").exists()
+
+
+def test_another_pool_under_the_same_name_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(_pooled(2))
+    assert "name another pool_file or delete it" in refused(capsys, _pooled(2, seed=1))
+    assert "give pool as well" in refused(capsys, {k: v for k, v in _pooled(2).items() if k != "pool"})
+
+
+def test_a_card_says_what_a_prior_started_from_and_counts_its_cost(here: Path) -> None:
+    run(_pooled(2))
+    first = load_prior("p.safetensors")
+    teacher = {"class_path": "FlowMatching.of", "init_args": {"teacher": "p.safetensors"}}
+    config = {k: v for k, v in _pooled(2, prior=teacher, out="q.safetensors").items() if k != "network"}
+    run(config | {"training": {"steps": 2, "batch_size": 8}})
+    card = load_prior("q.safetensors").seen
+    assert card["started_from"] == first.seen
+    assert card["total_training_seconds"] == pytest.approx(card["training_seconds"] + first.seen["training_seconds"])
+    assert "/" not in card["command"]

@@ -11,10 +11,9 @@ sections; the Gaussian and the kernel density are `Pushforward` priors, and inve
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
+import lesson
 import matplotlib.pyplot as plt
 import sections
 import torch
@@ -89,15 +88,8 @@ def main(fast: bool = False, figure: str = "autoencoder.png") -> dict[str, float
     axes[1, 5].set_axis_off()
     for ax in axes[3]:
         ax.set_xlabel("distance (m)", fontsize=8)
-    fig.savefig(figure, dpi=110)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="autoencoder.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

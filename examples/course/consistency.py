@@ -14,10 +14,9 @@ here; the teacher's own ODE takes 35 a draw.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
+import lesson
 import matplotlib.pyplot as plt
 import moons
 import torch
@@ -67,15 +66,8 @@ def main(fast: bool = False, figure: str = "consistency.png") -> dict[str, float
     axes[1].plot(*modes.samples[0, 0].T.numpy(), "o", mfc="none", color="tab:green", label="modes in z")
     axes[1].legend(fontsize=8, loc="lower left")
     moons.draw_posterior(axes[2], {f"student ({found['effective_draws']:.0f} effective draws)": (y, w)})
-    fig.savefig(figure, dpi=110)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="consistency.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

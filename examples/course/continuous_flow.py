@@ -12,10 +12,9 @@ dimensions allow it), and Hutchinson's estimate stands beside it with its scatte
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
+import lesson
 import matplotlib.pyplot as plt
 import moons
 import torch
@@ -58,15 +57,8 @@ def main(fast: bool = False, figure: str = "continuous_flow.png") -> dict[str, f
     axes[1].set(xlim=(-1.6, 2.6), ylim=(-1.0, 1.5))
     axes[1].legend(fontsize=7, loc="upper right")
     moons.draw_posterior(axes[2], {f"continuous flow ({found['effective_draws']:.0f} effective draws)": (y, w)})
-    fig.savefig(figure, dpi=110)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="continuous_flow.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

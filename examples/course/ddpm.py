@@ -13,23 +13,22 @@ learns faster: of the 1000 levels of DDPM only 88 lie below 0.3 of the data's sc
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from typing import Any
 
+import lesson
 import matplotlib.pyplot as plt
 import moons
 import torch
 
 from invgen.priors import DiffusionPrior, LinearBetas
 from invgen.priors.networks import MLPDenoiser
-from invgen.solvers import MMPS, TDS, GuidedDiffusion
 
 
-def prior(**options: object) -> DiffusionPrior:
+def prior(**options: Any) -> DiffusionPrior:
     """A small network; `parametrisation` says what it estimates, `levels` which noise it is trained at."""
     torch.manual_seed(0)
-    return DiffusionPrior(MLPDenoiser(2, width=128, depth=3), (2,), transform=moons.STANDARD, **options)  # type: ignore[arg-type]
+    return DiffusionPrior(MLPDenoiser(2, width=128, depth=3), (2,), transform=moons.STANDARD, **options)
 
 
 def main(fast: bool = False, figure: str = "ddpm.png") -> dict[str, float]:
@@ -57,32 +56,19 @@ def main(fast: bool = False, figure: str = "ddpm.png") -> dict[str, float]:
 
     # Guidance: MMPS takes p(x_0 | x_σ) for Gaussian, which is not so between the moons, and weighs modes a little wrongly.
     # TDS corrects the same guidance by weights: exact as particles and steps grow, for the law this network samples.
-    p, n = moons.problem(models["EDM"]), 64 if fast else 4000
-    solvers = {
-        "MMPS": GuidedDiffusion(MMPS(), steps=15 if fast else 50),
-        "TDS": TDS("mmps", particles=128 if fast else 4000, steps=20 if fast else 60),
-    }
-    draws = {}
-    for name, solver in solvers.items():
-        y = solver.solve(p, n, seed=1).samples[0, 0]
-        draws[name] = (y, None)
-        found |= {f"{name}_{key}": value for key, value in moons.compare(y).items()}
+    draws, scores = moons.guided(models["EDM"], fast)
+    found |= scores
 
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1, 1.1), layout="constrained")
     for ax, (name, model), how in zip(axes, models.items(), ("1000 steps, ancestral", "30 steps, Heun")):
-        options = {"sampler": "ancestral", "steps": 1000} if name == "DDPM" else {"sampler": "heun", "steps": 30}
-        made = model.sample(200 if fast else 2000, chunk=2000, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = (
+            {"sampler": "ancestral", "steps": 1000} if name == "DDPM" else {"sampler": "heun", "steps": 30}
+        )
+        made = model.sample(200 if fast else 2000, chunk=2000, **options)
         moons.draw_points(ax, made, f"{name} ({how}):\nNLL = entropy + {found[f'{name}_nll_gap']:.3f} nats")
     moons.draw_posterior(axes[2], draws)
-    fig.savefig(figure, dpi=110)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="ddpm.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

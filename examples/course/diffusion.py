@@ -13,10 +13,9 @@ wells, MMPS guidance. A posterior with the right width is off by as much as it s
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
+import lesson
 import matplotlib.pyplot as plt
 import sections
 import torch
@@ -82,15 +81,8 @@ def main(fast: bool = False, figure: str = "diffusion.png") -> dict[str, float]:
         ax.set_xlabel("distance (m)", fontsize=8)
     fig.colorbar(image, ax=axes[:2, -1], label="sand (1) or shale (0)")
     fig.colorbar(spread, ax=axes[2:, -1], label="sd of sand")
-    fig.savefig(figure, dpi=100)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began, dpi=100)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="diffusion.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

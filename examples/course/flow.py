@@ -12,10 +12,9 @@ exact entropy of the moons, 1.0076 nats, below which no honest NLL can lie. A Na
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
+import lesson
 import matplotlib.pyplot as plt
 import moons
 import torch
@@ -57,15 +56,8 @@ def main(fast: bool = False, figure: str = "flow.png") -> dict[str, float]:
     axes[1].plot(*points.T.numpy(), "o", mfc="none", color="tab:green", label="modes in z")
     axes[1].legend(fontsize=8, loc="lower left")
     moons.draw_posterior(axes[2], draws)
-    fig.savefig(figure, dpi=110)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="flow.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

@@ -14,10 +14,9 @@ is what guidance lives on.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
+import lesson
 import matplotlib.pyplot as plt
 import moons
 import numpy as np
@@ -25,7 +24,6 @@ import torch
 
 from invgen.priors import FlowMatching
 from invgen.priors.networks import MLPDenoiser
-from invgen.solvers import MMPS, TDS, GuidedDiffusion
 
 
 def density(prior: FlowMatching, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,16 +45,8 @@ def main(fast: bool = False, figure: str = "flow_matching.png") -> dict[str, flo
 
     # The velocity holds the denoiser, and with it every solver for diffusion priors works: guidance (an approximation
     # that weighs separate modes a little wrongly), and particles that correct it (exact as they grow in number).
-    p, n = moons.problem(prior), 64 if fast else 4000
-    solvers = {
-        "MMPS": GuidedDiffusion(MMPS(), steps=15 if fast else 50),
-        "TDS": TDS("mmps", particles=128 if fast else 4000, steps=20 if fast else 60),
-    }
-    draws = {}
-    for name, solver in solvers.items():
-        y = solver.solve(p, n, seed=1).samples[0, 0]
-        draws[name] = (y, None)
-        found |= {f"{name}_{key}": value for key, value in moons.compare(y).items()}
+    draws, scores = moons.guided(prior, fast)
+    found |= scores
 
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1.15, 1.1), layout="constrained")
     made = prior.sample(200 if fast else 2000, steps=16, chunk=2000)  # the midpoint rule, 32 evaluations
@@ -65,15 +55,8 @@ def main(fast: bool = False, figure: str = "flow_matching.png") -> dict[str, flo
     axes[1].set(title="density along the ODE", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     fig.colorbar(image, ax=axes[1], label="p(x)", shrink=0.7)
     moons.draw_posterior(axes[2], draws)
-    fig.savefig(figure, dpi=110)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="flow_matching.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

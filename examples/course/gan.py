@@ -13,11 +13,10 @@ diversity (0 for mode collapse), by what is missing (recall), by copying (memori
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 import warnings
 
+import lesson
 import matplotlib.pyplot as plt
 import sections
 import torch
@@ -69,15 +68,8 @@ def main(fast: bool = False, figure: str = "gan.png") -> dict[str, float]:
     for ax in axes[3]:
         ax.set_xlabel("distance (m)", fontsize=8)
     fig.colorbar(image, ax=axes[:, -1], label="sand (1) or shale (0)", shrink=0.5)
-    fig.savefig(figure, dpi=100)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began, dpi=100)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="gan.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

@@ -25,6 +25,7 @@ from invgen.noise import GaussianNoise
 from invgen.operators import MatrixOperator
 from invgen.priors import Training
 from invgen.problem import InverseProblem
+from invgen.solvers import MMPS, TDS, GuidedDiffusion
 from invgen.transforms import Affine
 
 LAW = TwoMoons(noise=0.1)
@@ -90,6 +91,22 @@ def compare(x: Tensor, weights: Tensor | None = None) -> dict[str, float]:
     mass = [w[(x[:, 0].numpy() > a) & (x[:, 0].numpy() <= b)].sum() for a, b in pairwise(edges)]
     true = [density[(axis > a) & (axis <= b)].sum() / density.sum() for a, b in pairwise(edges)]
     return {"w1": float(w1), "worst_mode": float(np.abs(np.subtract(mass, true)).max())}
+
+
+def guided(prior: Any, fast: bool) -> tuple[dict[str, tuple[Tensor, None]], dict[str, float]]:
+    """Draws of the problem by MMPS guidance and by the particles that correct it (TDS), and `compare` of both."""
+    p, n = problem(prior), 64 if fast else 4000
+    solvers = {
+        "MMPS": GuidedDiffusion(MMPS(), steps=15 if fast else 50),
+        "TDS": TDS("mmps", particles=128 if fast else 4000, steps=20 if fast else 60),
+    }
+    draws: dict[str, tuple[Tensor, None]] = {}
+    scores: dict[str, float] = {}
+    for name, solver in solvers.items():
+        y = solver.solve(p, n, seed=1).samples[0, 0]
+        draws[name] = (y, None)
+        scores |= {f"{name}_{key}": value for key, value in compare(y).items()}
+    return draws, scores
 
 
 def draw_points(ax: Any, x: Tensor, title: str) -> None:

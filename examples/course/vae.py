@@ -12,12 +12,11 @@ other. That is an ELBO too, of another model: a Gaussian likelihood with sigma =
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 import warnings
 from typing import Any
 
+import lesson
 import matplotlib.pyplot as plt
 import sections
 import torch
@@ -83,15 +82,8 @@ def main(fast: bool = False, figure: str = "vae.png") -> dict[str, float]:
         )
     ax.set(xlabel="units, costliest first", ylabel="rate (nats)", title="what each latent unit costs")
     ax.legend(fontsize=7)
-    fig.savefig(figure, dpi=100)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began, dpi=100)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--figure", default="vae.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__)

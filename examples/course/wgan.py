@@ -14,10 +14,9 @@ The rock is packed spheres, porosity about 0.3, unless `--rock FILE` names a two
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
+import lesson
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -107,16 +106,8 @@ def main(fast: bool = False, figure: str = "wgan.png", rock: str | None = None) 
         curve.errorbar(statistic.lags, statistic.mean, 2 * statistic.error, color=colour, lw=1, label=name)
     curve.set(xlabel="lag h (voxels)", title="$S_2(h)$", ylim=(0, None))
     curve.legend(fontsize=7)
-    fig.savefig(figure, dpi=100)
-    plt.close(fig)
-    found["cpu_seconds"] = time.process_time() - began
-    print(json.dumps(found, indent=1), f"\nfigure: {figure}")
-    return found
+    return lesson.finish(fig, figure, found, began, dpi=100)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--rock", help="a two-valued volume (.npy) instead of packed spheres")
-    parser.add_argument("--figure", default="wgan.png")
-    main(**vars(parser.parse_args()))
+    lesson.command_line(main, __doc__, rock="a two-valued volume (.npy) instead of packed spheres")

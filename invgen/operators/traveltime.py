@@ -23,8 +23,8 @@ Array = np.ndarray
 class StraightRays(SparseOperator):
     """Travel times of straight rays through a slowness field, `(1, *shape)` to `(rays,)`.
 
-    Linear in slowness. For velocities compose with a transform (`StraightRays(…) @ Reciprocal`-like), for facies with
-    `Affine(s_mud, s_sand − s_mud)`.
+    Linear in slowness (time per unit of length of the grid). For facies between 0 and 1 compose it:
+    `StraightRays(…) @ Affine(s_mud, s_sand − s_mud)`.
 
     Args:
         grid: of the slowness, 2-D or 3-D.

@@ -257,7 +257,8 @@ class DiffusionPrior(DenoisingLoss, Placed, nn.Module):
     ) -> Tensor:
         """`(n, *shape)` draws of x; cost `steps` evaluations a draw, twice that for "heun", as many as it takes for "ode".
 
-        Heun's rule is of second order: on 64 × 64 channels 64 ancestral steps draw 4 % less sand than 40 of Heun's.
+        Heun's rule is of second order. On 64 × 64 channels (0.192 sand) 500 draws by 64 ancestral steps held 0.176 ± 0.003,
+        256 by 40 of Heun's 0.186 ± 0.003.
 
         Args:
             steps: levels: EDM's (ρ = 7) from `start_sigma`; evenly spaced steps of a `LinearBetas` schedule for "ancestral"

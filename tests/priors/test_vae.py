@@ -288,3 +288,10 @@ def test_linear_vae_reaches_probabilistic_pca():
     law = torch.distributions.MultivariateNormal(centre, loadings @ loadings.T + noise * torch.eye(6, dtype=F64))
     assert module.maximum_log_likelihood(x, 2) == pytest.approx(float(law.log_prob(x).mean()))
     assert -1e-3 < module.ppca_gap(n=300, d=8, q=2, steps=500) < 0.01
+
+
+def test_a_latent_is_a_vector_unless_it_is_asked_to_be_a_map():
+    assert not VAE.convolutional((1, 16, 16), latent=5, widths=(4, 4)).decoder.spatial
+    spatial = VAE.convolutional((1, 16, 16), latent=32, widths=(4, 4), spatial=True)
+    assert spatial.decoder.maps == 2  # of 4 × 4
+    assert spatial.latent_shape == (32,)

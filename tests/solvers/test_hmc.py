@@ -11,6 +11,7 @@ from scipy import stats
 
 from invgen.contracts import Operator
 from invgen.diagnostics import ess
+from invgen.driver import Streams
 from invgen.noise import GaussianNoise
 from invgen.operators import MatrixOperator
 from invgen.priors import GaussianPrior
@@ -58,10 +59,12 @@ def _whitened(problem, x):
         (HMC(draws=100, warmup=80), 16),
         (HMC(draws=150, warmup=80, space="u"), 8),
         (HMC(draws=100, warmup=80, mass="low-rank", rank=3), 16),
+        (HMC(draws=100, warmup=80, mass="curvature"), 16),
+        (HMC(draws=100, warmup=80, mass="curvature", rank=3), 16),
         (MALA(draws=300, warmup=100), 16),
         (NUTS(draws=40, warmup=60), 16),
     ],
-    ids=["hmc", "hmc-u", "hmc-rank", "mala", "nuts"],
+    ids=["hmc", "hmc-u", "hmc-rank", "HMC curvature", "HMC curvature 3", "mala", "nuts"],
 )
 def test_moments_of_a_badly_scaled_gaussian_are_exact(solver, chains):
     problem = _problem()
@@ -219,3 +222,23 @@ def test_settings_that_make_no_sense_are_refused():
         NUTS(max_depth=0)
     with pytest.raises(ValueError, match="length"):
         HMC(length=-1.0)
+
+
+def test_the_curvature_of_a_linear_problem_is_the_posterior_precision():
+    problem = _problem()
+    solver = HMC(draws=1, warmup=0, mass="curvature", step_size=0.1)
+    mine = problem.select([0] * 4, dtype=F64)
+    state = solver.init(mine, Streams(0, [(0, s) for s in range(4)]))
+    metric = _metric.Metric.of(state)
+    root = torch.linalg.cholesky(problem.prior.covariance_u.dense())
+    A = 3.0 * problem.terms[0].operator.matrix @ root  # x = 2 + 3 u, u = mean + root z, noise 1
+    exact = torch.linalg.inv(torch.eye(DIM, dtype=F64) + A.T @ A)
+    found = metric.apply(torch.eye(DIM, dtype=F64)[None])[0]
+    # directions with a curvature below 0.01 are left out: their variance is 1 instead of 1/1.01
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.01)
+
+
+def test_a_curvature_needs_gaussian_noise_and_a_latent_space():
+    problem = _problem()
+    with pytest.raises(ValueError, match="latent space alone"):
+        HMC(draws=1, warmup=1, mass="curvature", space="u").solve(problem, 2)

@@ -2,7 +2,7 @@
 
 >>> from invgen.priors import pretrained
 >>> pretrained.available()
-['geology']
+['channels-consistency', …, 'geology', 'velocity-diffusion']
 >>> prior = pretrained.load("geology").at((64, 64))
 """
 
