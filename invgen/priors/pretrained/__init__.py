@@ -2,7 +2,7 @@
 
 >>> from invgen.priors import pretrained
 >>> pretrained.available()
-['channels-consistency', …, 'geology', 'velocity-diffusion']
+['channels-consistency', …, 'velocity-diffusion', 'velocity-wgan']
 >>> prior = pretrained.load("geology").at((64, 64))
 """
 
