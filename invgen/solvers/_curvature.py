@@ -7,7 +7,6 @@ positions of chains is the expected Fisher information (Cui, Law & Marzouk 2016,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from torch import Tensor
 from invgen.solvers import _descent
 from invgen.solvers._lowrank import laplace_factors
 from invgen.solvers._target import Target
-
-if TYPE_CHECKING:
-    from invgen.problem import InverseProblem
 
 _STARTS, _ITERATIONS = 4, 100  # of the search for the mode
 PLACES = 16  # chains of an observation whose curvature is averaged
@@ -30,7 +26,7 @@ def at_mode(target: Target, state: dict[str, Tensor], observations: int, rank: i
     chains = len(z) // observations
     order = phi.reshape(observations, chains).argsort(1)[:, : min(_STARTS, chains)]  # NaN comes last
     picks = (order + chains * torch.arange(observations, device=z.device)[:, None]).flatten()
-    part = Target(_rows(target, picks), target.space)
+    part = target.of_some(picks)
 
     def objective(q: Tensor) -> Tensor:
         return part.misfit(q) + 0.5 * q.square().sum(1)
@@ -42,14 +38,9 @@ def at_mode(target: Target, state: dict[str, Tensor], observations: int, rank: i
         found = _descent.lbfgs_step(objective, found)
     value = found["f"].nan_to_num(nan=math.inf).reshape(observations, -1)
     mode = found["v"].reshape(observations, -1, z.shape[1])[torch.arange(observations), value.argmin(1)]
-    factors = laplace_factors(_rows(target, picks[:: order.shape[1]]), mode, rank, physical=target._physical)
+    one = target.of_some(picks[:: order.shape[1]]).problem
+    factors = laplace_factors(one, mode, rank, physical=target._physical)
     return {"mode": factors.mode, "vectors": factors.vectors, "values": factors.values}
-
-
-def _rows(target: Target, picks: Tensor) -> InverseProblem:
-    """The problem of the items `picks`; data of one row serve any."""
-    shared = all(t.n_obs == 1 for t in target.problem.terms)
-    return target.problem if shared else target.problem.select(picks.tolist())
 
 
 def average_curvature(
@@ -61,7 +52,7 @@ def average_curvature(
     order = dead.argsort(dim=1, stable=True)[:, : min(places, chains)]
     places = order.shape[1]
     picks = (order + chains * torch.arange(observations, device=z.device)[:, None]).flatten()
-    here = laplace_factors(_rows(target, picks), z[picks], rank, physical=target._physical)
+    here = laplace_factors(target.of_some(picks).problem, z[picks], rank, physical=target._physical)
     alive = torch.isfinite(here.mode).all(1).reshape(observations, -1).sum(1).clamp_min(1)
     root = (here.values[..., None].sqrt() * here.vectors).reshape(observations, places * here.rank, -1)
     _, singular, rows = torch.linalg.svd(root / alive.to(root)[:, None, None].sqrt(), full_matrices=False)

@@ -167,6 +167,8 @@ class Hamiltonian(Chain):
         new |= metric.entries() | no_moments(observations, target.dim, full, q)
         # a quarter of a turn along the longest direction; what a diagonal leaves out is not known: the length stays
         length = (self.first_length * longest.clamp(1.0, 100.0)).log()
+        if clock + 1 > ends[0]:  # one matrix much like the next: what the ascent has gained stays
+            length = torch.maximum(length, state["log_length"])
         new |= first_length(torch.where(torch.isfinite(length), length, state["log_length"]))
         start = torch.zeros_like(acceptance)
         return new | first_average(self._first_step(target, state | new, rng, start))

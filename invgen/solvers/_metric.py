@@ -49,6 +49,10 @@ class Metric(NamedTuple):
         """For the state of a chain."""
         return {f"metric_{n}": v for n, v in zip(self._fields, self, strict=True)}
 
+    def of_some(self, observations: Tensor) -> Metric:
+        """Σ of the observations of an index."""
+        return Metric(*(v[observations] for v in self))
+
     def root(self, x: Tensor) -> Tensor:
         """S x = D (I + V (√Λ − I) Vᵀ) x for x `(observations, chains, dim)`."""
         return self.scale * self._stretch(x, self.spread.sqrt())

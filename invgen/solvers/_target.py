@@ -142,6 +142,12 @@ class Target:
             rows.append(torch.cat([p.to(dtype) for p in parts]))
         return torch.stack(rows).to(rng.device)
 
+    def of_some(self, items: Tensor) -> Target:
+        """The target of the items of an index: data of one row serve any."""
+        if all(t.n_obs == 1 for t in self.problem.terms):
+            return self
+        return Target(self.problem.select(items.tolist()), self.space)
+
     def _block(self, q: Tensor) -> int:
         return default_chunk(self.problem.model_shape, q.device)
 

@@ -202,24 +202,38 @@ def _leapfrog(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Φ `(batch,)`, q, ∇U and v `(observations, chains, dim)` after `counts` leaps of each observation.
 
-    Observations that are done wait with a step of zero, which leaves them where they are.
+    Observations that are done wait with a step of zero, which leaves them where they are, until they are a quarter of
+    the batch; the others then go on without them.
     """
-    most = int(max(counts))
-    same = min(counts) == most
-    whole = step[:, None, None]
-    force = metric.apply(g)
-    phi = q.new_zeros(())
-    for leap in range(most):
-        size = whole
-        if not same:
-            going = torch.tensor([leap < c for c in counts], dtype=q.dtype, device=q.device)
-            size = whole * going[:, None, None]
-        half = -0.5 * size
+    chains, phi = q.shape[1], q.new_zeros(q.shape[:2])
+    ends = (phi, q.clone(), g.clone(), v.clone())
+    rows = torch.arange(len(q), device=q.device)
+    place = list(range(len(q)))
+    part, mass, size = target, metric, step[:, None, None]
+    force = mass.apply(g)
+    for leap in range(int(max(counts))):
+        going = [counts[i] > leap for i in place]
+        if 4 * sum(going) <= 3 * len(place):
+            for end, now in zip(ends, (phi, q, g, v), strict=True):
+                end[rows] = now
+            stay = torch.tensor([k for k, yes in enumerate(going) if yes], device=q.device)
+            place = [i for i, yes in zip(place, going, strict=True) if yes]
+            rows, phi, q, g, v, force = (x[stay] for x in (rows, phi, q, g, v, force))
+            items = rows[:, None] * chains + torch.arange(chains, device=q.device)
+            part, mass, size = target.of_some(items.flatten()), metric.of_some(rows), size[stay]
+            going = [True] * len(place)
+        ahead = size if all(going) else size * torch.tensor(going, dtype=q.dtype, device=q.device)[:, None, None]
+        half = -0.5 * ahead
         v = torch.addcmul(v, half, force)
-        q = torch.addcmul(q, size, v)
+        q = torch.addcmul(q, ahead, v)
         flat = q.flatten(0, 1)
-        phi, gradient = target.value_and_grad(flat)
-        g = full_gradient(target, flat, gradient).unflatten(0, (len(q), -1))
-        force = metric.apply(g)
+        value, gradient = part.value_and_grad(flat)
+        phi = value.unflatten(0, (len(q), -1))
+        g = full_gradient(part, flat, gradient).unflatten(0, (len(q), -1))
+        force = mass.apply(g)
         v = torch.addcmul(v, half, force)
-    return phi, q, g, v
+    if len(rows) < len(ends[0]):
+        for end, now in zip(ends, (phi, q, g, v), strict=True):
+            end[rows] = now
+        phi, q, g, v = ends
+    return phi.flatten(), q, g, v
