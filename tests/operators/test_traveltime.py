@@ -39,6 +39,28 @@ def test_times_are_line_integrals_of_slowness(shape):
     np.testing.assert_allclose(lengths, np.linalg.norm(b - a, axis=1), rtol=1e-12)
 
 
+def clipped(grid, a, b):
+    """Lengths of rays in cells by clipping every ray to every cell (Liang & Barsky), `(rays, cells)`."""
+    enter, leave = np.zeros((len(a), *grid.shape)), np.ones((len(a), *grid.shape))
+    for axis, n in enumerate(grid.shape):
+        edges = grid.origin[axis] + (np.arange(n + 1) - 0.5) * grid.spacing[axis]
+        at = (edges[None] - a[:, axis, None]) / (b - a)[:, axis, None]
+        wide = (slice(None), *(slice(None) if k == axis else None for k in range(len(grid.shape))))
+        enter = np.maximum(enter, np.minimum(at[:, 1:], at[:, :-1])[wide])
+        leave = np.minimum(leave, np.maximum(at[:, 1:], at[:, :-1])[wide])
+    return np.maximum(leave - enter, 0.0).reshape(len(a), -1) * np.linalg.norm(b - a, axis=1)[:, None]
+
+
+@pytest.mark.parametrize("shape", [(17, 12), (5, 6, 4)])
+def test_every_length_is_that_of_the_ray_clipped_to_the_cell(shape):
+    rng = np.random.default_rng(5)
+    spacing, origin = rng.uniform(0.5, 3.0, len(shape)), rng.uniform(-5, 5, len(shape))
+    grid = Grid(shape, tuple(spacing), tuple(origin))
+    a, b = (origin + (rng.random((60, len(shape))) * shape - 0.5) * spacing for _ in range(2))
+    want = clipped(grid, a, b)
+    assert np.abs(StraightRays(grid, a, b).to_dense().numpy() - want).max() < 1e-12 * want.max()
+
+
 def test_rays_along_an_axis_and_along_a_border_keep_their_length():
     grid = Grid((3, 4), (1.0, 2.0))
     rays = StraightRays(grid, [[1.0, -1.0], [0.5, -1.0], [-0.5, 2.0]], [[1.0, 7.0], [0.5, 7.0], [2.5, 2.0]])
