@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from invgen._covariance import Covariance, Diagonal, Scalar, expand_items, scale_factor
+from invgen.kronecker import Kronecker
 from invgen.stationary import Stationary
 
-__all__ = ["BlockDiagonal", "Covariance", "Dense", "Diagonal", "Scalar", "Stationary", "as_covariance"]
+__all__ = ["BlockDiagonal", "Covariance", "Dense", "Diagonal", "Kronecker", "Scalar", "Stationary", "as_covariance"]
 
 
 class Dense(Covariance):

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from invgen.covariance import BlockDiagonal, Dense, Diagonal, Scalar, Stationary, as_covariance
+from invgen.covariance import BlockDiagonal, Dense, Diagonal, Kronecker, Scalar, Stationary, as_covariance
+from invgen.kronecker import toeplitz
 
 
 def spectrum(shape, *, seed=0):
@@ -44,6 +45,8 @@ CASES = {
     "stationary-1d": lambda: Stationary(spectrum((7,)), (1, 7)),
     "stationary-even": lambda: Stationary(spectrum((6, 4)), (1, 6, 4)),
     "stationary-odd": lambda: Stationary(torch.stack([spectrum((5, 7)), 2 * spectrum((5, 7), seed=3)]), (2, 5, 7)),
+    "kronecker": lambda: Kronecker(matrix(3), matrix(4, seed=1), (2, 3, 4), nugget=0.1),
+    "kronecker-time": lambda: Kronecker(matrix(3), None, (1, 3, 4)),
     "block": block,
 }
 PADDED = {
@@ -143,6 +146,8 @@ def test_block_diagonal_mixes_shared_and_per_item():
         (lambda: Stationary(spectrum((6,)), (3, 6)), lambda: Scalar(0.2, (3, 6))),
         (lambda: Stationary(spectrum((9,)), (1, 6)), lambda: Stationary(spectrum((9,), seed=2), (1, 6))),
         (lambda: Stationary(spectrum((9,)), (1, 6)), lambda: Dense(matrix(6), (1, 6))),
+        (lambda: Kronecker(matrix(2), matrix(3)), lambda: Scalar(0.2, (1, 2, 3))),
+        (lambda: Kronecker(matrix(2), matrix(3)), lambda: Dense(matrix(6), (1, 2, 3))),
         (block, lambda: Scalar(0.2, (16,))),
         (lambda: BlockDiagonal([Scalar(0.7, (3,)), Dense(matrix(4))]), lambda: Diagonal(variances(7))),
         (block, block),
@@ -211,6 +216,10 @@ def test_uncorrelated_any_shape(shape, batch, per_item):
         (lambda: Stationary(torch.arange(1.0, 6.0), (1, 5)).apply(torch.ones(1, 1, 5)), "not even"),
         (lambda: Stationary(torch.tensor([1.0, 0.0, 0.0]), (1, 3)).solve(torch.ones(1, 1, 3)), "nugget"),
         (lambda: Stationary(torch.ones(6), (1, 4)).sqrt(torch.ones(1, 1, 4)), "padded grid"),
+        (lambda: Kronecker(torch.eye(3), torch.eye(4), (1, 4, 3)), "one row a sample"),
+        (lambda: Kronecker(torch.eye(3)), "width"),
+        (lambda: Kronecker(torch.ones(3, 3), torch.eye(4)), "nugget"),
+        (lambda: Kronecker(toeplitz(torch.tensor([1.0, 0.9]), 5), torch.eye(2)), "taper"),
         (lambda: as_covariance(Scalar(1.0, (3,)), (4,)), "lives on"),
         (lambda: as_covariance(torch.ones(2, 2), (4,)), "one variance a datum"),
     ],

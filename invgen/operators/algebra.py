@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from invgen import transforms
 from invgen.contracts import LinearOperator, Operator
-from invgen.covariance import BlockDiagonal, Covariance, as_covariance
+from invgen.covariance import BlockDiagonal, Covariance, Kronecker, as_covariance
 from invgen.linalg import Solved, cg
 
 __all__ = [
@@ -71,6 +71,8 @@ def _after_affine(outer: LinearOperator | AffineOperator, inner: transforms.Tran
     scaled: LinearOperator
     if isinstance(inner, transforms.Affine) and inner.scale.numel() == 1:
         scaled = Scaled(linear, float(inner.scale))
+    elif isinstance(inner, transforms.Affine) and inner.scale.ndim == 1 and hasattr(linear, "scaled_by_channel"):
+        scaled = linear.scaled_by_channel(inner.scale)  # type: ignore[operator]  # pre-stack modelling
     else:
         scale = (inner(torch.ones(1, *outer.model_shape, dtype=torch.float64)) - centre)[0]
         scaled = LinearComposition(linear, Multiply(scale))
@@ -371,8 +373,11 @@ class Stack(_Derived):
         )
 
     def _blocks(self, R: Covariance, C: Covariance) -> Any:
+        from invgen.operators._column_blocks import ColumnBlocks
         from invgen.operators.separable import SeparableBlocks
 
         if not isinstance(R, BlockDiagonal):
             return None
+        if any(isinstance(block, Kronecker) for block in R.blocks):
+            return ColumnBlocks.build(self._parts(), R, C, self.model_shape, self._cache)
         return SeparableBlocks.build(self._parts(), R, C, self._cache)

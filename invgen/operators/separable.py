@@ -106,20 +106,32 @@ class SeparableOperator(LinearOperator):
         return w if V is None else torch.matmul(w, V.mT)
 
     def solve(self, rhs: Tensor, R: Any, C: Any, **options: Any) -> Solved:
-        """(R + A C Aᴴ)⁻¹ rhs: direct for scalar R and C (also one value an item), otherwise CG."""
+        """(R + A C Aᴴ)⁻¹ rhs: direct for scalar C and scalar R (also one value an item) or, trace by trace, coloured R."""
         R, C = as_covariance(R, self.data_shape, batched=True), as_covariance(C, self.model_shape, batched=True)
         if not (isinstance(R, Scalar) and isinstance(C, Scalar)):
-            return super().solve(rhs, R, C, **options)
+            if self._columns(R, C) is None or rhs.is_complex():
+                return super().solve(rhs, R, C, **options)
+            weighted = R.solve(rhs.double())  # a difference that cancels
+            x = weighted - R.solve(self(self._columns(R, C).solve(self.adjoint(weighted), C.diagonal())))
+            return Solved.direct(x.to(rhs))
         r, c = _column(R.variance, rhs), _column(C.variance, rhs)
         return Solved.direct(self._filter(rhs, "data", lambda a: 1 / (r + c * a)))
 
     def solve_model(self, rhs: Tensor, R: Any, C: Any, **options: Any) -> Solved:
-        """(Aᴴ R⁻¹ A + C⁻¹)⁻¹ rhs: direct for scalar R and C, otherwise CG."""
+        """(Aᴴ R⁻¹ A + C⁻¹)⁻¹ rhs: direct for scalar C and scalar or, trace by trace, coloured R; otherwise CG."""
         R, C = as_covariance(R, self.data_shape, batched=True), as_covariance(C, self.model_shape, batched=True)
         if not (isinstance(R, Scalar) and isinstance(C, Scalar)):
-            return super().solve_model(rhs, R, C, **options)
+            if self._columns(R, C) is None or rhs.is_complex():
+                return super().solve_model(rhs, R, C, **options)
+            return Solved.direct(self._columns(R, C).solve(rhs, C.diagonal()))
         r, c = _column(R.variance, rhs), _column(C.variance, rhs)
         return Solved.direct(self._filter(rhs, "model", lambda a: 1 / (a / r + 1 / c)))
+
+    def _columns(self, R: Covariance, C: Covariance) -> Any:
+        """The column blocks of coloured noise, where the operator acts trace by trace."""
+        from invgen.operators._column_blocks import ColumnBlocks
+
+        return ColumnBlocks.build([self], R, C, self.model_shape, self._cast) if self.X is None else None
 
 
 def _column(variance: Tensor, like: Tensor) -> Tensor:
