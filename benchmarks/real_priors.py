@@ -201,6 +201,7 @@ def _rock_figure(path: Path, draws: Tensor, training: Tensor, held: Tensor) -> N
             ax.set_yticks([])
             if j == 0:
                 ax.set_ylabel(name)
+    left.suptitle("slices of 64 × 64 voxels, pores black", fontsize=10)
     for name, x in parts.items():
         both = [two_point_probability(x, axis=a) for a in "yx"]
         mean = 0.5 * (both[0].mean + both[1].mean)
@@ -364,12 +365,14 @@ def _stamp_figure(
             frame.set_yticks([])
             if j == 0:
                 frame.set_ylabel(name)
+    left.suptitle("stamps of 64 × 64 pixels", fontsize=10)
     (first, a), *others = ((n, b) for n, b in bits.items() if "white" not in n)
     for name, b in others:
         ax.scatter(a, b, s=12)
-        ax.set(xlabel=f"{first}: bits a dimension", ylabel=f"{name}: bits a dimension", title="held-out stamps")
-    low, high = min(b.min() for b in bits.values()), max(a.max(), *(b.max() for _, b in others))
-    ax.plot([low, high], [low, high], "k:", lw=1)
+        ax.set(xlabel=f"{first}: bits a dimension", ylabel=f"{name}: bits a dimension")
+    ax.set_title("held-out stamps; dotted: equal", fontsize=10)
+    ax.axline((a.min(), a.min()), slope=1, color="k", ls=":", lw=1)
+    ax.set_ylim(min(b.min() for _, b in others) - 0.2, max(np.median(a), *(b.max() for _, b in others)) + 0.2)
     _save(figure, path)
 
 

@@ -80,12 +80,14 @@ def main(fast: bool = False, figure: str = "autoencoder.png") -> dict[str, float
     image = sections.show(axes[1, 3], truth, "truth, wells")
     sections.show_data(axes[1, 3], drill)
     sections.show(axes[1, 4], autoencoder.decode(autoencoder.encode(truth)), "its reconstruction")
-    fig.colorbar(image, ax=axes[:, -1], label="sand (1) or shale (0), probability of sand", shrink=0.5)
+    fig.colorbar(image, ax=axes, label="sand (1) or shale (0), probability of sand; sd", shrink=0.5)
     for row, name, found_x in ((axes[2], "modes in z, Gaussian", modes), (axes[3], "guided, kernels", posterior)):
         sections.show(row[3], found_x[0], name)
-        sections.show(row[4], found_x.mean(0), "their mean")
-        sections.show(row[5], found_x.std(0), "their sd (same scale)")
+        sections.show(row[4], found_x.mean(0), f"mean of {len(found_x)}")
+        sections.show(row[5], found_x.std(0), f"sd, {float(found_x.std(0).mean()):.2f} on average")
     axes[1, 5].set_axis_off()
+    for ax in axes[:, 1:].flat:
+        ax.set_yticklabels([])
     for ax in axes[3]:
         ax.set_xlabel("distance (m)", fontsize=8)
     return lesson.finish(fig, figure, found, began)

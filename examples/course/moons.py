@@ -116,7 +116,8 @@ def draw_points(ax: Any, x: Tensor, title: str) -> None:
     ax.contour(a, b, p, levels=(0.05, 0.2, 0.5), colors="tab:red", linewidths=0.8)
     ax.plot(*x[:2000].T.numpy(), ".", ms=1.5, color="k", alpha=0.5)
     ax.axhline(DATUM, color="tab:blue", lw=1)
-    ax.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(-1.6, 2.6), ylim=(-1.0, 1.5), aspect="equal")
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", xlim=(-1.6, 2.6), ylim=(-1.0, 1.5), aspect="equal")
+    ax.set_title(title, fontsize=10, loc="left")
 
 
 def draw_posterior(ax: Any, draws: Mapping[str, tuple[Any, Any]]) -> None:
@@ -126,6 +127,6 @@ def draw_posterior(ax: Any, draws: Mapping[str, tuple[Any, Any]]) -> None:
     for (name, (x, w)), colour in zip(draws.items(), ("k", "tab:blue", "tab:green")):
         weights = None if w is None else w.numpy()
         ax.hist(x[:, 0].numpy(), 88, (-1.7, 2.7), True, weights, histtype="step", color=colour, label=name)
-    ax.set(title=f"where is $x_1$, given $x_2$ = {DATUM} ± {SIGMA}?", xlabel="$x_1$", ylabel="density")
-    ax.set_ylim(0, 1.8 * density.max())
+    ax.set(xlabel="$x_1$", ylabel="density", ylim=(0, 1.8 * density.max()))
+    ax.set_title(f"where is $x_1$, given $x_2$ = {DATUM} ± {SIGMA}?", fontsize=10, loc="left")
     ax.legend(fontsize=8, loc="upper left")
