@@ -12,7 +12,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_output",
     "class_parser",
     "flag_parameters",
+    "is_array_file",
     "load_yaml",
     "plain_parameters",
     "resolve_class",
@@ -102,9 +103,20 @@ def resolve_class(name: str, *, allow_import: bool = False) -> type:
     return found
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _maker(name: str, allow_import: bool) -> Callable[..., Any]:
+    """The class a configuration names, or one of its constructors: `GaussianPrior.stationary`."""
+    owner, _, method = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+    if owner and not owner.startswith("invgen.") and "." not in owner and owner[:1].isupper():
+        cls = resolve_class(owner)
+        if not method.startswith("_") and isinstance(inspect.getattr_static(cls, method, None), classmethod):
+            return getattr(cls, method)  # type: ignore[no-any-return]
+        raise ConfigError(f"{owner} has no constructor {method!r}.")
+    return resolve_class(name, allow_import=allow_import)
+
+
+def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+        return typing.get_type_hints(cls.__init__ if isinstance(cls, type) else cls)  # type: ignore[misc]
     except (NameError, TypeError):  # names known to type checkers only
         return {}
 
@@ -137,12 +149,12 @@ def _is_array(annotation: Any) -> bool:
     return torch.Tensor in leaves or np.ndarray in leaves
 
 
-def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+def _parameters(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     skip = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {n: p for n, p in inspect.signature(cls).parameters.items() if p.kind not in skip}
 
 
-def plain_parameters(cls: type) -> list[str]:
+def plain_parameters(cls: Callable[..., Any]) -> list[str]:
     """Arguments of a class that jsonargparse reads: numbers, strings, lists."""
     hints = _hints(cls)
     return [name for name in _parameters(cls) if _is_plain(hints.get(name, Any))]
@@ -152,6 +164,12 @@ def flag_parameters(cls: type) -> list[str]:
     """Arguments that a flag can set: plain ones, and arrays by the name of their file."""
     hints = _hints(cls)
     return [name for name in _parameters(cls) if _is_plain(hints.get(name, Any)) or _is_array(hints.get(name, Any))]
+
+
+def is_array_file(name: str) -> bool:
+    """Whether a text names a file that `read_array` reads, `FILE.npz:name` included."""
+    suffixes = (".npy", ".npz", ".h5", ".hdf5", ".nc", ".zarr")
+    return name.endswith(suffixes) or any(f"{s}:" in name for s in suffixes[1:])
 
 
 def _array(value: Any, annotation: Any, what: str) -> Any:
@@ -164,12 +182,14 @@ def _array(value: Any, annotation: Any, what: str) -> Any:
     if isinstance(value, str):
         from invgen.data.io import read_array
 
-        if value.endswith((".npy", ".npz")) or ".npz:" in value:
+        if is_array_file(value):
             value = read_array(value)
         elif str in leaves:
             return value
         else:
-            raise ConfigError(f"The array {what} is a list of numbers or a .npy or .npz file, got {value!r}.")
+            raise ConfigError(
+                f"The array {what} is a list of numbers or a file (.npy, .npz, .h5, .zarr), got {value!r}."
+            )
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError) as error:
@@ -210,26 +230,35 @@ def sentence(error: BaseException) -> str:
     return f"{found['key']} cannot be {found['value']!r}: {expected}."
 
 
-def build(spec: Any, *, what: str, allow_import: bool = False, extra: Mapping[str, Any] | None = None) -> Any:
+def build(
+    spec: Any,
+    *,
+    what: str,
+    allow_import: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
     """The object a specification describes.
 
     Args:
-        spec: a class name, or `{class_path: …, init_args: {…}}`.
+        spec: a class name (or one of its constructors, `GaussianPrior.stationary`), or `{class_path: …, init_args: {…}}`.
         what: how errors call it.
         allow_import: whether classes outside invgen may be imported.
         extra: arguments that are objects already.
+        defaults: objects for arguments that the specification leaves out, for those that the class takes.
 
     Raises:
         ConfigError: unknown class or argument, a value of the wrong type.
     """
     name, arguments = split_spec(spec, what)
-    cls = resolve_class(name, allow_import=allow_import)
+    cls = _maker(name, allow_import)
     known, plain, hints = _parameters(cls), plain_parameters(cls), _hints(cls)
     arguments = {**arguments}
     objects = dict(extra or {})
+    objects |= {k: v for k, v in (defaults or {}).items() if k in known and k not in arguments and k not in objects}
     for key in list(arguments):
         if key not in known:
-            raise ConfigError(f"{cls.__name__} has no argument {key!r}; it takes {', '.join(known) or 'none'}.")
+            raise ConfigError(f"{cls.__qualname__} has no argument {key!r}; it takes {', '.join(known) or 'none'}.")
         annotation = hints.get(key, Any)
         # an annotated default tells jsonargparse that None will do
         if arguments[key] is None and known[key].default is not None and not _takes_none(annotation):
@@ -239,22 +268,23 @@ def build(spec: Any, *, what: str, allow_import: bool = False, extra: Mapping[st
     missing = [n for n, p in known.items() if p.default is p.empty and n not in arguments and n not in objects]
     if missing:
         raise ConfigError(
-            f"{cls.__name__} needs the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}; give {'them' if len(missing) > 1 else 'it'} as {what}.{missing[0]}."
+            f"{cls.__qualname__} needs the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}; give {'them' if len(missing) > 1 else 'it'} as {what}.{missing[0]}."
         )
     group = what.rsplit(".", 1)[-1]
-    parser = class_parser({group: cls})
     required = {n for n in plain if n in objects}
-    if required:  # given as objects already: keep them out of the text parser
-        from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
-        parser = ArgumentParser(exit_on_error=False, add_help=False)
-        parser.add_class_arguments(cls, group, skip=(set(known) - set(plain)) | required, fail_untyped=False)
-    from jsonargparse import ArgumentError
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    skip: set[str | int] = {*(set(known) - set(plain)), *required}  # given as objects already: nothing to parse
+    if isinstance(cls, type):
+        parser.add_class_arguments(cls, group, skip=skip, fail_untyped=False)
+    else:
+        parser.add_method_arguments(cls.__self__, cls.__name__, group, skip=skip, fail_untyped=False)  # type: ignore[attr-defined]
 
     try:
         parsed = parser.parse_object({group: arguments}) if arguments or set(plain) - required else None
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"An argument of {cls.__name__} cannot be used: {sentence(error)}") from error
+        raise ConfigError(f"An argument of {cls.__qualname__} cannot be used: {sentence(error)}") from error
     values = {k: getattr(parsed, group)[k] for k in arguments} if parsed is not None else {}
     return cls(**values, **objects)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import operator as arithmetic
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from invgen._config import ConfigError, build, class_parser, flag_parameters, load_yaml, resolve_class, split_spec
 
-__all__ = ["invert_options", "invert_problem"]
+if TYPE_CHECKING:
+    from invgen.data.segy import Section
+    from invgen.problem import InverseProblem
+
+__all__ = ["Inversion", "invert_options", "invert_problem"]
 
 _GROUPS = ("operator", "noise", "solver")
 _DEFAULTS = {
@@ -21,8 +23,21 @@ _DEFAULTS = {
     "data": None,
     "mask": None,
     "prior": None,
+    "segy": None,
+    "window": None,
+    "dtype": "float32",
 }
-_KEYS = (*_GROUPS, *_DEFAULTS, "terms", "seed", "device", "out", "progress")
+_SHAPED = ("data", "prior", "window")  # names of files, or mappings, which no flag can say
+_KEYS = (*_GROUPS, *_DEFAULTS, "terms", "channels", "seed", "device", "out", "progress")
+
+
+class Inversion(NamedTuple):
+    """What `invert` runs: the problem, the solver, the section the results go out like (or None), what is to be said."""
+
+    problem: InverseProblem
+    solver: Any
+    section: Section | None
+    remarks: tuple[str, ...]
 
 
 def invert_options(
@@ -47,9 +62,19 @@ def invert_options(
         "whose arguments follow as --operator.NAME VALUE; --allow-import permits classes outside invgen.",
     )
     parser.add_argument(
-        "--data", type=str | None, default=None, help=".npy or .npz file, data_shape or (n_obs, *data_shape)"
+        "--data",
+        type=str | None,
+        default=None,
+        help="SEG-Y, or .npy, .npz, HDF5, zarr: data_shape or (n_obs, *data_shape)",
     )
-    parser.add_argument("--mask", type=str | None, default=None, help=".npy of booleans, true where measured")
+    parser.add_argument("--mask", type=str | None, default=None, help="file of booleans, true where measured")
+    parser.add_argument(
+        "--window", type=str | None, default=None, help='part of the section, e.g. "{t: [0.4, 1.2], x: [0, 900]}"'
+    )
+    parser.add_argument(
+        "--segy", type=str | None, default=None, help="folder for mean, sd and samples with the input's SEG-Y headers"
+    )
+    parser.add_argument("--dtype", type=Literal["float32", "float64"], default="float32", help="of the samples")
     parser.add_argument("--prior", type=str | None, default=None, help="pretrained name, checkpoint, or class")
     parser.add_argument(
         "--prior_shape", type=list[int] | None, default=None, help="spatial shape the prior is moved to, e.g. [64,64]"
@@ -57,7 +82,7 @@ def invert_options(
     parser.add_argument("--num_samples", type=int, default=19, help="samples for each observation")
     parser.add_argument("--checkpoint", type=str | None, default=None, help="file to resume an interrupted run from")
     parser.add_argument("--report", type=str | None, default=None, help="also write this HTML page, data fit included")
-    specs: dict[str, Any] = {k: config[k] for k in ("terms",) if k in config}
+    specs: dict[str, Any] = {k: config[k] for k in ("terms", "channels") if k in config}
     classes: dict[str, type] = {}
     for group in _GROUPS:
         named = take(words, f"--{group}")
@@ -65,7 +90,9 @@ def invert_options(
         if named is not None:
             spec = _number(named) if group == "noise" else named
         if group == "noise":
-            spec = _noise(spec)
+            from invgen._invert_terms import as_noise
+
+            spec = as_noise(spec)
         if spec is None:
             continue
         specs[group] = spec
@@ -82,28 +109,26 @@ def invert_options(
                     f"{classes[group].__name__} has no argument {name!r} that a flag can set; flags set {', '.join(flag_parameters(classes[group])) or 'none'}."
                 )
     overrides = _overrides(words, classes)
-    plain = {k: v for k, v in config.items() if k in (*_DEFAULTS, "seed", "device", "out", "progress") and k != "prior"}
-    if isinstance(config.get("prior"), str):
-        plain["prior"] = config["prior"]
+    plain = {
+        k: v
+        for k, v in config.items()
+        if k in (*_DEFAULTS, "seed", "device", "out", "progress") and not (k in _SHAPED and isinstance(v, Mapping))
+    }
     parser.add_argument("--defaults_from_file", action="config", help="internal: the file's plain values")
     if "--help" in words or "-h" in words:
         class_parser(classes, parser)
     options = parse(parser, (["--defaults_from_file", json.dumps(plain)] if plain else []) + words)
-    specs["prior"] = options.prior if options.prior is not None else config.get("prior")
+    for name in _SHAPED:
+        given = getattr(options, name)
+        specs[name] = given if given is not None else config.get(name)
+    if isinstance(specs["window"], str):
+        specs["window"] = _yaml(specs["window"], "--window")
     for group, changes in overrides.items():
         name, arguments = split_spec(specs[group], group)
         specs[group] = {"class_path": name, "init_args": {**arguments, **changes}}
     if options.num_samples < 1:
         raise ConfigError(f"num_samples must be at least 1, got {options.num_samples}.")
     return options, specs, allow
-
-
-def _noise(spec: Any) -> Any:
-    """A number, or a file with one standard deviation a datum, means Gaussian noise."""
-    file = isinstance(spec, str) and (spec.endswith((".npy", ".npz")) or ".npz:" in spec)
-    if file or (isinstance(spec, (int, float)) and not isinstance(spec, bool)):
-        return {"class_path": "GaussianNoise", "init_args": {"sigma": spec}}
-    return spec
 
 
 def _number(text: str) -> Any:
@@ -113,10 +138,17 @@ def _number(text: str) -> Any:
         return text
 
 
-def _overrides(words: list[str], classes: Mapping[str, type]) -> dict[str, dict[str, Any]]:
-    """Take `--group.name value` flags out of the words."""
+def _yaml(text: str, flag: str) -> Any:
     import yaml
 
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value {text!r} of {flag} cannot be read.") from error
+
+
+def _overrides(words: list[str], classes: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """Take `--group.name value` flags out of the words."""
     out: dict[str, dict[str, Any]] = {}
     i = 0
     while i < len(words):
@@ -127,10 +159,7 @@ def _overrides(words: list[str], classes: Mapping[str, type]) -> dict[str, dict[
                 raise ConfigError(f"{flag} needs a value.")
             text = value if equals else words[i + 1]
             del words[i : i + (1 if equals else 2)]
-            try:
-                out.setdefault(group, {})[name] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"The value {text!r} of {flag} cannot be read.") from error
+            out.setdefault(group, {})[name] = _yaml(text, flag)
             continue
         i += 1
     return out
@@ -138,70 +167,51 @@ def _overrides(words: list[str], classes: Mapping[str, type]) -> dict[str, dict[
 
 def invert_problem(
     specs: Mapping[str, Any], options: Any, allow_import: bool, make_prior: Callable[..., Any]
-) -> tuple[Any, Any]:
-    """The inverse problem and the solver."""
+) -> Inversion:
+    """The inverse problem and the solver.
+
+    The first file that knows its axes is the section of everything: prior and operators are put on its grid where they
+    do not state another one.
+    """
+    from invgen._invert_data import find_frame
+    from invgen._invert_prior import channels_of, place_prior
+    from invgen._invert_terms import check_spec, make_term, source_of
+    from invgen.contracts import Solver
     from invgen.problem import InverseProblem
 
     for name in ("prior", "solver"):
         if specs.get(name) is None:
             raise ConfigError(f"invert needs --{name} (or {name}: in the configuration).")
     solver = build(specs["solver"], what="solver", allow_import=allow_import)
-    from invgen.contracts import Solver
-
     if not isinstance(solver, Solver):
         raise ConfigError(f"{type(solver).__name__} is not a solver; see `invgen solvers`.")
-    terms = []
-    if options.data is not None:
-        terms.append(
-            _term(
-                {
-                    "data": options.data,
-                    "operator": specs.get("operator"),
-                    "noise": specs.get("noise"),
-                    "mask": options.mask,
-                },
-                allow_import,
-            )
-        )
     more = specs.get("terms", [])
     if not isinstance(more, list):
         raise ConfigError("terms must be a list of mappings with data, operator and noise.")
-    terms += [_term(t, allow_import) for t in more]
-    if not terms:
+    first = {"data": specs["data"], "mask": options.mask} | {k: specs.get(k) for k in ("operator", "noise")}
+    wanted = [*([first] if specs["data"] is not None else []), *more]
+    if not wanted:
         raise ConfigError(
             "invert needs --data FILE, --operator NAME and --noise SIGMA (or terms: in the configuration)."
         )
-    return InverseProblem(terms=terms, prior=make_prior(specs["prior"], options.prior_shape, allow_import)), solver
-
-
-def _term(spec: Any, allow_import: bool) -> Any:
-    import torch
-
-    from invgen.contracts import Operator
-    from invgen.data.io import read_array
-    from invgen.problem import Term
-
-    known = ("data", "operator", "noise", "mask", "name")
-    if not isinstance(spec, Mapping) or any(k not in known for k in spec):
-        raise ConfigError(f"A term is a mapping with the keys {', '.join(known)}, got {spec!r}.")
-    for name in ("data", "operator", "noise"):
-        if spec.get(name) is None:
-            raise ConfigError(f"A data set needs {name}; give it as --{name} or in the configuration.")
-    parts = spec["operator"] if isinstance(spec["operator"], list) else [spec["operator"]]
-    if not parts:
-        raise ConfigError("The list of operators is empty; name at least one.")
-    physics = functools.reduce(arithmetic.matmul, [build(p, what="operator", allow_import=allow_import) for p in parts])
-    if not isinstance(physics, Operator):
-        raise ConfigError(f"{type(physics).__name__} is not an operator.")
-    noise = _noise(spec["noise"])
-    data = torch.from_numpy(read_array(spec["data"]))
-    data = data if data.is_floating_point() or data.is_complex() else data.float()
-    mask = None
-    if spec.get("mask") is not None:
-        mask = torch.from_numpy(read_array(spec["mask"]))
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ConfigError(f"The mask {spec['mask']} holds other values than 0 and 1; 1 (true) means measured.")
-        mask = mask.bool()
-    return Term(
-        data, physics, build(noise, what="noise", allow_import=allow_import), mask, str(spec.get("name", "data"))
-    )
+    for spec in wanted:
+        check_spec(spec)
+    sources = [source_of(spec) for spec in wanted]
+    frame = find_frame([s for s in sources if s is not None], specs.get("window"))
+    if options.segy is not None and (frame is None or frame.section is None):
+        raise ConfigError("segy writes results with the headers of SEG-Y data, and there are none; leave it out.")
+    channels = None if specs.get("channels") is None else channels_of(specs["channels"])
+    prior, grid, remarks = place_prior(specs["prior"], options.prior_shape, frame, channels, allow_import, make_prior)
+    said = [] if frame is None else [f"{frame.name}: {frame}"]
+    terms = []
+    for spec, source in zip(wanted, sources, strict=True):
+        term, notes = make_term(spec, source, frame, grid, allow_import)
+        terms.append(term)
+        said += notes
+    problem = InverseProblem(terms=terms, prior=prior)
+    section = frame.section if frame is not None and options.segy is not None else None
+    if section is not None and tuple(problem.model_shape[1:]) != section.grid.shape:
+        raise ConfigError(
+            f"segy needs models on the section {section.grid.shape}, they have the shape {problem.model_shape}; leave it out."
+        )
+    return Inversion(problem, solver, section, (*said, *remarks))

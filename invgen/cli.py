@@ -211,6 +211,8 @@ def _invert(words: list[str]) -> None:
 
     words = list(words)
     options, specs, allow_import = invert_options(words, _parser, _parse, _take)
+    import torch
+
     from invgen._config import check_output
 
     out = check_output(options.out, ".nc", ".html")
@@ -219,8 +221,12 @@ def _invert(words: list[str]) -> None:
         check_output(options.report, ".html")
     if options.checkpoint is not None:
         check_output(options.checkpoint)
+    if options.segy is not None:
+        check_output(Path(options.segy) / "mean.sgy")
     device = _check_device(options.device)
-    problem, solver = invert_problem(specs, options, allow_import, _prior)
+    problem, solver, section, remarks = invert_problem(specs, options, allow_import, _prior)
+    for remark in remarks:
+        print(f"{remark}.")
     for part in (problem.prior, *(t.operator for t in problem.terms)):  # the driver moves data and states only
         if hasattr(part, "to"):
             part.to(device)
@@ -232,6 +238,7 @@ def _invert(words: list[str]) -> None:
             device=device,
             progress=options.progress,
             checkpoint=options.checkpoint,
+            dtype=getattr(torch, options.dtype),
         )
     except KeyboardInterrupt:
         if options.checkpoint is not None and Path(options.checkpoint).is_file():
@@ -241,6 +248,11 @@ def _invert(words: list[str]) -> None:
         raise
     path = posterior.save(out) if out.suffix == ".nc" else posterior.report(out)
     print(f"Wrote {path}: {posterior}.")
+    if section is not None:
+        from invgen.data.segy import export_segy
+
+        written = export_segy(posterior, options.segy, like=section)
+        print(f"Wrote {len(written)} SEG-Y files to {options.segy}: {', '.join(list(written)[:3])} ….")
     if options.report is not None:
         print(f"Wrote {posterior.report(options.report)}.")
 

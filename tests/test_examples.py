@@ -86,3 +86,49 @@ def test_runs_on_the_real_section(sleipner: ModuleType, tmp_path: Path, monkeypa
     assert len(line["figures"]) == 4
     assert all(math.isfinite(v) for figures in line["figures"].values() for v in figures.values())
     assert figure.stat().st_size > 10_000
+
+
+def test_sleipner_through_the_command_line_without_data_is_skipped_with_a_reason(
+    sleipner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sleipner_cli
+
+    assert sleipner_cli.main(["--data", str(tmp_path)]) == {"example": "sleipner_cli", "skipped": True}
+    assert "private section" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not (DATA / "Sleipner_01_il_57.npy").exists(),
+    reason="the Sleipner section is private test data and is not in ../shared/data/seismic",
+)
+def test_sleipner_through_the_command_line(
+    sleipner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sleipner_cli
+
+    from invgen.priors import DiffusionPrior
+
+    checkpoint = DiffusionPrior.examples()[0].save(tmp_path / "tiny.safetensors")
+    monkeypatch.setattr(sleipner_cli, "GENERATED", 1)
+    out = tmp_path / "run"
+    line = sleipner_cli.main(
+        [
+            "--checkpoint",
+            str(checkpoint),
+            "--out",
+            str(out),
+            "--traces",
+            "8",
+            "--times",
+            "0.6",
+            "0.76",
+            "--samples",
+            "3",
+        ]
+        + ["--iterations", "3", "--inner", "1", "--threads", "1"]
+    )
+    blind, _, held, _, seen = (line["figures"][k] for k in line["figures"])
+    assert seen["rms"] < held["rms"]  # the part that is data is closer than the part that is not
+    assert blind["samples"] == held["samples"] == 80
+    assert (out / "well_a" / "sd.sgy").is_file()
+    assert (out / "well_b" / "report.html").is_file()

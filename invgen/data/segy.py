@@ -1,6 +1,7 @@
 """SEG-Y files in and out: lines and cubes, headers kept byte for byte, what is missing masked and counted.
 
 section = read_segy("line.sgy")                      # data (1, nt, nx), grid, mask, counts
+section = section.window(t=(0.4, 1.2))               # samples, traces and headers cut together
 write_segy("mean.sgy", mean, like=section)           # the input's headers, other samples
 export_segy(posterior, "out", like=section)          # mean, sd and samples
 """
@@ -8,6 +9,7 @@ export_segy(posterior, "out", like=section)          # mean, sd and samples
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from invgen.checkpoints import atomic
 from invgen.data._segy_bytes import FORMATS, NAMES, Headers, need_segyio, read_headers
 from invgen.data._segy_layout import Lateral, lateral, vertical
 from invgen.data._segy_new import new_headers
+from invgen.data._segy_window import counted, cut_headers, cut_lateral, window_slices
 from invgen.grid import Grid
 
 if TYPE_CHECKING:
@@ -73,6 +76,35 @@ class Section:
     def numbers(self) -> tuple[Array, ...]:
         """Numbers along the lateral axes: CDP of a line; inlines and crosslines of a cube."""
         return self.lateral.labels
+
+    @property
+    def remarks(self) -> str:
+        """What was masked, missing, duplicated or assumed, "" where there is nothing to say."""
+        return _report(self.counts, self.notes)
+
+    def window(self, **ranges: Sequence[float]) -> Section:
+        """The part between coordinates, headers included: `write_segy(…, like=section.window(t=(0.4, 1.2)))`.
+
+        Args:
+            ranges: axis -> (first, last) in the units of the grid, both included; axes left out stay whole. Lateral
+                coordinates are distances from the first trace of the file (`grid.coordinates`).
+
+        Returns:
+            `Section` whose headers have the new number of samples and start; numbers and coordinates of the traces that
+            are left stay what they are, so that the file read back starts at x = 0 again.
+
+        Raises:
+            ValueError: an axis that the section has not, a window out of it or without samples, a start that is not a
+                whole number of ms where the headers need one.
+        """
+        rows, *lateral_window = cut = window_slices(self.grid, ranges)
+        places, kept = cut_lateral(self.lateral, lateral_window)
+        grid = self.grid.crop(cut)
+        domain = "time" if grid.axes[0] == "t" else "depth"
+        headers = cut_headers(self.headers, kept, grid.shape[0], grid.origin[0] if rows.start else None, domain)
+        mask = self.mask[(slice(None), *cut)].clone()
+        counts = counted(self.counts, mask[0].numpy(), kept, places)
+        return Section(self.data[(slice(None), *cut)].clone(), grid, mask, counts, headers, places, self.notes)
 
     def __repr__(self) -> str:
         step = ", ".join(f"{d:g} {u}" for d, u in zip(self.grid.spacing, self.grid.units, strict=True))
@@ -154,9 +186,8 @@ def read_segy(
         places,
         (*notes, *places.notes),
     )
-    said = _report(counts, section.notes)
-    if said:
-        warnings.warn(f"{path}: {said}.", stacklevel=2)
+    if section.remarks:
+        warnings.warn(f"{path}: {section.remarks}.", stacklevel=2)
     return section
 
 

@@ -326,3 +326,98 @@ def test_without_segyio_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"invgen\[seismic\]"):
         read_segy(tmp_path / "a.sgy")
+
+
+def test_window_of_a_line_is_written_with_its_start_and_read_back(tmp_path: Path) -> None:
+    x = noise(*LINE.shape)
+    section = read_segy(write_segy(tmp_path / "a.sgy", x, grid=LINE))
+    cut = section.window(t=(0.12, 0.14), x=(25.0, 62.5))  # samples 5 to 10, traces 2 to 5, both ends included
+    assert cut.grid.shape == (6, 4)
+    assert cut.grid.origin == pytest.approx((0.12, 25.0))
+    np.testing.assert_array_equal(cut.data[0].numpy(), x[5:11, 2:6])
+    again = read_segy(write_segy(tmp_path / "b.sgy", cut.data, like=cut))
+    np.testing.assert_array_equal(again.data.numpy(), cut.data.numpy())
+    assert again.grid.origin[0] == pytest.approx(0.12)
+    np.testing.assert_array_equal(again.numbers[0], [3, 4, 5, 6])
+    np.testing.assert_allclose(again.coordinates, section.coordinates[2:6])
+    np.testing.assert_array_equal(again.headers.field("samples"), 6)
+    assert again.headers.binary("samples") == 6
+    # every byte of the headers but those of samples and start is the input's
+    changed = np.flatnonzero((again.headers.traces != section.headers.traces[2:6]).any(0)) + 1
+    assert set(changed.tolist()) <= {109, 110, 115, 116}
+    with segyio.open(str(tmp_path / "b.sgy"), ignore_geometry=True) as f:
+        assert f.samples[0] == pytest.approx(120.0)
+        assert len(f.samples) == 6
+    whole = section.window()
+    assert write_segy(tmp_path / "c.sgy", whole.data, like=whole).read_bytes() == (tmp_path / "a.sgy").read_bytes()
+
+
+def test_window_of_a_cube_with_holes(tmp_path: Path) -> None:
+    x = noise(*CUBE.shape)
+    section = read_segy(write_segy(tmp_path / "a.sgy", x, grid=CUBE))
+    raw = (tmp_path / "a.sgy").read_bytes()
+    step = 240 + 4 * 11
+    hole = 2 * 3 + 1  # inline 3, crossline 2
+    (tmp_path / "b.sgy").write_bytes(raw[: 3600 + hole * step] + raw[3600 + (hole + 1) * step :])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        section = read_segy(tmp_path / "b.sgy")
+    cut = section.window(t=(0.004, 0.012), inline=(25.0, 75.0), crossline=(12.5, 25.0))
+    assert cut.grid.shape == (5, 3, 2)
+    assert cut.counts["missing"] == 1
+    assert cut.counts["traces"] == 5
+    np.testing.assert_array_equal(cut.numbers[0], [2, 3, 4])
+    wanted = x[2:7, 1:4, 1:3].copy()
+    wanted[:, 1, 0] = 0
+    np.testing.assert_array_equal(cut.data[0].numpy(), wanted)
+    assert not cut.mask[0, :, 1, 0].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = read_segy(write_segy(tmp_path / "c.sgy", cut.data, like=cut), dims=3)
+    np.testing.assert_array_equal(again.data.numpy(), cut.data.numpy())
+    np.testing.assert_array_equal(again.mask.numpy(), cut.mask.numpy())
+
+
+def test_window_counts_what_is_left_masked(tmp_path: Path) -> None:
+    x = np.abs(noise(*LINE.shape)) + 1
+    x[:, 1] = 0
+    x[3, 4] = np.nan
+    x[12, 5] = np.nan
+    write_segy(tmp_path / "a.sgy", x, grid=LINE)
+    with pytest.warns(UserWarning, match="1 of 7 traces are dead"):
+        section = read_segy(tmp_path / "a.sgy")
+    cut = section.window(t=(0.1, 0.12))
+    assert (cut.counts["dead_traces"], cut.counts["nan_traces"], cut.counts["nan_samples"]) == (1, 1, 1)
+    assert "1 of 7 traces are dead" in cut.remarks
+    assert section.window(x=(25.0, 75.0)).counts["dead_traces"] == 0
+    assert section.window(x=(25.0, 37.5)).remarks == ""
+
+
+def test_a_start_between_milliseconds_takes_a_finer_scalar_or_is_refused(tmp_path: Path) -> None:
+    grid = Grid((20, 3), (0.0005, 10.0), axes=("t", "x"), units=("s", "m"))
+    path = write_segy(tmp_path / "a.sgy", noise(20, 3), grid=grid)
+    cut = read_segy(path).window(t=(0.0015, 0.004))
+    again = read_segy(write_segy(tmp_path / "b.sgy", cut.data, like=cut))
+    assert again.grid.origin[0] == pytest.approx(0.0015)
+    poke(path, trace_at(1, 20, 101), 7, 2)  # a static correction, which the scalar would change too
+    section = read_segy(path)
+    assert section.window(t=(0.002, 0.004)).grid.origin[0] == pytest.approx(0.002)
+    with pytest.raises(ValueError, match="start the window at a whole number"):
+        section.window(t=(0.0015, 0.004))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "says"),
+    [
+        ({"z": (0.1, 0.2)}, "names the axis 'z' but the section has t, x"),
+        ({"t": (0.05, 0.12)}, "reaches out of the section"),
+        ({"x": (0.0, 200.0)}, "reaches out of the section"),
+        ({"t": (0.14, 0.12)}, "two numbers, first and last"),
+        ({"t": (0.1,)}, "two numbers, first and last"),
+        ({"t": (0.121, 0.122)}, "between two samples"),
+    ],
+)
+def test_windows_that_cannot_be_cut(tmp_path: Path, ranges: dict[str, tuple[float, ...]], says: str) -> None:
+    section = read_segy(write_segy(tmp_path / "a.sgy", noise(*LINE.shape), grid=LINE))
+    with pytest.raises(ValueError, match=says):
+        section.window(**ranges)
