@@ -50,7 +50,7 @@ RUNS = {
     "vae": (64, 8, 150, 200),
     "consistency": (64, 8, 60, 60),
     "diffusion": (16, 4, 30, 30),
-    "wgan": (64, 8, 100, 100),
+    "wgan": (64, 8, 60, 60),
 }
 
 
@@ -197,9 +197,9 @@ def sgan(bench: Benchmark) -> None:
     prior = load("channels-spatial15").to(bench.args.device)
     problem, _ = tomography(prior, 1, seed=7)
     began = time.process_time()
-    short = HMC(draws=100 if bench.fast else 250, warmup=200).solve(problem, 64, seed=4, dtype=torch.float32)
+    short = HMC(draws=60, warmup=60).solve(problem, 64, seed=4, dtype=torch.float32)
     middle = time.process_time()
-    long = PCN(draws=400, thin=5 if bench.fast else 50, warmup=1000).solve(problem, 128, seed=5)
+    long = PCN(draws=400, thin=5 if bench.fast else 20, warmup=1000).solve(problem, 128, seed=5)
     end = time.process_time()
     a, b = (p.latent[0].flatten(2).double().numpy() for p in (short, long))
     worst = 0.0
