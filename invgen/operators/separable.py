@@ -19,8 +19,11 @@ from invgen.contracts import LinearOperator
 from invgen.covariance import BlockDiagonal, Covariance, Scalar, as_covariance
 from invgen.grid import Grid
 from invgen.linalg import Solved
+from invgen.operators._pencil import Pencil
 
 __all__ = ["SeparableBlocks", "SeparableOperator"]
+
+LIMIT = 1 << 27  # numbers in the eigenvectors of all columns: 1 GB in float64
 
 
 class SeparableOperator(LinearOperator):
@@ -168,8 +171,13 @@ class SeparableBlocks:
         self._cast: dict[Any, tuple[Tensor, ...]] = {}
 
     @classmethod
-    def build(cls, parts: list[Any], R: BlockDiagonal, C: Covariance, cache: dict[Any, Any]) -> SeparableBlocks | None:
-        """The blocks of a stack, cached by noise level; None when the structure does not fit."""
+    def build(
+        cls, parts: list[Any], R: BlockDiagonal, C: Covariance, cache: dict[Any, Any]
+    ) -> SeparableBlocks | Pencil | None:
+        """The blocks of a stack, cached by noise level; None when the structure does not fit.
+
+        Blocks of all columns that would hold more than `LIMIT` numbers are never made: `Pencil` solves the same system.
+        """
         from invgen.operators.algebra import Scaled
 
         flat: list[tuple[float, SeparableOperator]] = []
@@ -196,8 +204,12 @@ class SeparableBlocks:
                 else:
                     moving = gram if moving is None else moving + gram
             shared = along_x[0].cpu() if along_x else None
+            width = flat[0][1].model_shape[2]
             cache.clear()
-            cache[weights] = cls(fixed, moving, shared, flat[0][1].model_shape[2])
+            if moving is not None and shared is not None and n * n * width > LIMIT:
+                cache[weights] = Pencil(fixed, moving, shared)
+            else:
+                cache[weights] = cls(fixed, moving, shared, width)
         return cache[weights]
 
     def _to(self, like: Tensor) -> tuple[Tensor, ...]:
