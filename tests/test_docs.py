@@ -51,6 +51,7 @@ def test_yaml_in_the_docs_is_what_the_command_takes() -> None:
     blocks = re.findall(
         r"^```yaml\n(.*?)^```", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
-    invert, train = (yaml.safe_load(b) for b in blocks)
+    invert, train, section = (yaml.safe_load(b) for b in blocks)
     assert set(invert) <= set(_invert._KEYS)
+    assert set(section) <= set(_invert._KEYS)
     assert set(train) <= set(_train._TOP)

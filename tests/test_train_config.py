@@ -28,6 +28,7 @@ GENERATORS = {
     "VelocityMixture": SMALL,
     "PlurigaussianFacies": {**SMALL, "spacing": [20.0, 20.0]},
     "SersicGalaxies": SMALL,
+    "ElasticSections": SMALL,
     "RockCrops": {**SMALL, "volume": "rock.npy", "voxel": 2.0},
     "TwoMoons": {},
     "Spirals": {},
@@ -91,7 +92,7 @@ def test_every_generator_can_be_named(here: Path, name: str) -> None:
     }
     run(config)
     prior = DiffusionPrior.load("prior.safetensors")
-    assert prior.shape == ((2,) if vectors else (3 if name == "HalfCircleChannels" else 1, 16, 16))
+    assert prior.shape == ((2,) if vectors else (3 if name in ("HalfCircleChannels", "ElasticSections") else 1, 16, 16))
     assert vectors or prior.grid is not None
     assert name in prior.seen["data"]
 
