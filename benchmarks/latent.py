@@ -45,10 +45,10 @@ PRIORS = {
 }
 
 
-# chains, superchains, warm-up, draws: what a few hours of two cores allow
+# chains, superchains, warm-up, draws; the diffusion and the WGAN are printed, not judged
 RUNS = {
     "vae": (64, 8, 150, 200),
-    "consistency": (64, 8, 60, 60),
+    "consistency": (64, 8, 100, 100),
     "diffusion": (16, 4, 30, 30),
     "wgan": (64, 8, 60, 60),
 }
@@ -133,7 +133,7 @@ def simulation_based(bench: Benchmark) -> None:
     prior = load(PRIORS["vae"]).to(bench.args.device)
     sets, count = (20, 4) if bench.fast else (100, 4)
     problem, truth = tomography(prior, sets, seed=6)
-    # 70 steps bring chains from the prior to the posterior (chi2/N 0.95); few chains would adapt the length poorly
+    # the misfit of chains from the prior is the posterior's after 50 steps; four chains would adapt the length poorly
     solver = HMC(draws=12, thin=2, warmup=20 if bench.fast else 60, length=5.0)
     began = time.process_time()
     posterior = solver.solve(problem, count, seed=2, chunk=sets * count, device=bench.args.device)
@@ -197,9 +197,9 @@ def sgan(bench: Benchmark) -> None:
     prior = load("channels-spatial15").to(bench.args.device)
     problem, _ = tomography(prior, 1, seed=7)
     began = time.process_time()
-    short = HMC(draws=60, warmup=60).solve(problem, 64, seed=4, dtype=torch.float32)
+    short = HMC(draws=250, warmup=200).solve(problem, 64, seed=4, dtype=torch.float32)
     middle = time.process_time()
-    long = PCN(draws=400, thin=5 if bench.fast else 20, warmup=1000).solve(problem, 128, seed=5)
+    long = PCN(draws=400, thin=5 if bench.fast else 50, warmup=1000).solve(problem, 128, seed=5)
     end = time.process_time()
     a, b = (p.latent[0].flatten(2).double().numpy() for p in (short, long))
     worst = 0.0

@@ -25,6 +25,7 @@ _GAMMA, _T0, _KAPPA = 0.05, 10.0, 0.75
 _RATE, _BETA = 0.025, 0.95
 _LENGTHS = (math.log(0.05), math.log(1000.0))  # bounds of T in units of the mass matrix
 _WORST = 0.01  # acceptance of a stuck chain in the harmonic mean: one of a hundred chains halves it
+_MEMORY = 8  # steps over which a chain's acceptance is averaged before it counts as stuck
 
 
 def windows(warmup: int) -> tuple[int, list[int]]:
@@ -79,9 +80,30 @@ def average(state: Mapping[str, Tensor], accepted: Tensor, goal: float) -> dict[
     return {n: torch.where(seen, v, state[n]) for n, v in new.items()}
 
 
-def harmonic(acceptance: Tensor) -> Tensor:
-    """Harmonic mean over the chains `(observations, chains)` that live: a chain that is stuck counts, as in ChEES."""
-    return 1 / (1 / acceptance.clamp_min(_WORST)).nanmean(1)
+def first_rate(like: Tensor, goal: float) -> dict[str, Tensor]:
+    """The running acceptance of each chain `(batch,)`, which begins at the goal."""
+    return {"rate": torch.full_like(like, goal)}
+
+
+def pooled_acceptance(rate: Tensor, acceptance: Tensor) -> tuple[Tensor, Tensor]:
+    """What the step size is judged by, and the chains' running acceptances after one more step.
+
+    The mean ā of the acceptances times H(r)/A(r), the harmonic over the arithmetic mean of the running ones: ā answers at
+    once, as dual averaging needs; the ratio is 1 while all chains accept alike and falls with a chain that is stuck,
+    whose part of a mean over many chains would not be noticed (Hoffman et al. 2021 take the harmonic mean of single
+    steps for that: over a few chains, one rejection then counts as much as a chain that never moves).
+
+    Args:
+        rate, acceptance: `(observations, chains)`; NaN acceptances leave the rate as it is and are left out of ā.
+
+    Returns:
+        `(observations,)`, NaN where no chain was seen, and the new rates.
+    """
+    seen = torch.isfinite(acceptance)
+    rate = torch.where(seen, rate + (acceptance - rate) / _MEMORY, rate)
+    living = rate.clamp_min(_WORST)
+    ratio = 1 / ((1 / living).mean(1) * living.mean(1))
+    return acceptance.nanmean(1) * ratio, rate
 
 
 # --- trajectory length -------------------------------------------------------------------------------------------------
