@@ -118,7 +118,7 @@ class Traces(LinearOperator):
     `solve` is direct for scalar R: (r + c A Aᵀ ⊗ Bᵀ B)⁻¹ for scalar C, (r + A Σ Aᵀ ⊗ Bᵀ X B)⁻¹ for `TraceCovariance`.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, shape: tuple[int, int, int]) -> None:
+    def __init__(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> None:
         super().__init__(shape, (1, len(A), shape[2]))
         self.A, self.B = A.double(), B.double()
         self._kept: dict[Any, Any] = {}
@@ -145,7 +145,7 @@ class Traces(LinearOperator):
         return (A.mT @ (d[:, 0] @ B.mT)).reshape(-1, *self.model_shape)
 
     def scaled_by_channel(self, scale: Tensor) -> Traces:
-        return Traces(self.A * scale.double().repeat_interleave(self.model_shape[1]), self.B, self.model_shape)  # type: ignore[arg-type]
+        return Traces(self.A * scale.double().repeat_interleave(self.model_shape[1]), self.B, self.model_shape)
 
     def solve(self, rhs: Tensor, R: Any, C: Any, **options: Any) -> Solved:
         R, C = as_covariance(R, self.data_shape, batched=True), as_covariance(C, self.model_shape, batched=True)

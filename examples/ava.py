@@ -15,13 +15,12 @@ logs leave it once both are smoothed. `check_elastic_model` tells whether the un
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import script
 import torch
 from torch import Tensor
 
@@ -61,8 +60,8 @@ def survey(shape: tuple[int, int], seed: int) -> Survey:
     steps = torch.arange(-12, 13, dtype=torch.float64) * sections.spacing[0]
     wavelet = ricker(steps, 1 / WAVELENGTH)
     ratio = (truth[0, 1] - truth[0, 0]).exp().mean()
-    clean = PreStack(wavelet, ANGLES, truth.shape[1:], vsvp=ratio, kind="forward")(truth)  # type: ignore[arg-type]
-    low = Smooth(truth.shape[1:], SMOOTH)(truth)  # type: ignore[arg-type]
+    clean = PreStack(wavelet, ANGLES, truth.shape[1:], vsvp=ratio, kind="forward")(truth)
+    low = Smooth(truth.shape[1:], SMOOTH)(truth)
     generator = torch.Generator().manual_seed(seed)
     noise = float(clean.square().mean().sqrt()) * 10 ** (-SNR_DB / 20)
     return Survey(
@@ -89,10 +88,10 @@ def invert(data: Survey, prior: DiffusionPrior | GaussianPrior, samples: int) ->
     print("units:", ", ".join(check_elastic_model(data.background)))
     # one Vs/Vp for the coefficients, from the background: a constant keeps every solve a closed form
     ratio = (data.background[0, 1] - data.background[0, 0]).mean().exp()
-    seismic = PreStack(data.wavelet, ANGLES, shape, vsvp=ratio, kind="forward")  # type: ignore[arg-type]
+    seismic = PreStack(data.wavelet, ANGLES, shape, vsvp=ratio, kind="forward")
     terms = [
         Term(data.gathers, seismic, GaussianNoise(data.noise), name="gathers"),
-        Term(data.background, Smooth(shape, SMOOTH), GaussianNoise(BACKGROUND_SD), name="background"),  # type: ignore[arg-type]
+        Term(data.background, Smooth(shape, SMOOTH), GaussianNoise(BACKGROUND_SD), name="background"),
     ]
     problem = InverseProblem(terms=terms, prior=prior)
     solver: Solver
@@ -148,13 +147,10 @@ def figure(path: Path, data: Survey, drawn: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Angle gathers to vp, vs and density with error bars.")
-    parser.add_argument("--figure", type=Path, default=None, help="write a picture here")
-    parser.add_argument("--samples", type=int, default=19, help="posterior draws")
+    parser = script.parser(__doc__, fast="a smaller window")
     parser.add_argument("--seed", type=int, default=101, help="of the section and its noise")
     parser.add_argument("--prior", choices=["learned", "gaussian"], default="learned")
     parser.add_argument("--checkpoint", default=None, help="another elastic prior than the shipped one")
-    parser.add_argument("--fast", action="store_true", help="a smaller window")
     options = parser.parse_args()
     trained = options.prior == "learned" and (options.checkpoint or "elastic-diffusion" in pretrained.available())
     # conjugate gradients through both terms take minutes on the larger window
@@ -174,14 +170,14 @@ def main() -> None:
         prior = gaussian(data.grid)
     drawn, record = invert(data, prior, options.samples)
     low, high = drawn.min(0).values, drawn.max(0).values
-    smooth = Smooth(data.grid.field_shape, SMOOTH)(data.truth[None])[0]  # type: ignore[arg-type]
+    smooth = Smooth(data.grid.field_shape, SMOOTH)(data.truth[None])[0]
     for k, name in enumerate(("vp", "vs", "rho")):
         pair = torch.stack([(drawn.mean(0) - smooth)[k].flatten(), (data.truth - smooth)[k].flatten()])
         record[f"correlation_{name}"] = float(torch.corrcoef(pair)[0, 1])  # of what the background does not know
         record[f"coverage_{name}"] = float(((data.truth >= low) & (data.truth <= high))[k].double().mean())
     if options.figure:
         figure(options.figure, data, drawn)
-    print(json.dumps({k: round(v, 4) for k, v in record.items()}))
+    script.finish({k: round(v, 4) for k, v in record.items()})
 
 
 if __name__ == "__main__":

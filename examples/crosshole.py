@@ -20,13 +20,12 @@ tell.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from typing import Any
 
 import numpy as np
+import script
 import torch
 from torch import Tensor
 
@@ -131,10 +130,7 @@ def draw(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a small section in seconds, to see that it runs")
-    parser.add_argument("--figure", help="write the picture here")
-    parser.add_argument("--samples", type=int, default=200)
+    parser = script.parser(__doc__, samples=200, fast="a small section in seconds, to see that it runs")
     args = parser.parse_args(argv)
     shape, holes, rounds = ((20, 10), 6, 3) if args.fast else ((40, 20), 16, 6)
     samples = 20 if args.fast else args.samples
@@ -177,8 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.figure:
         draw(args.figure, grid, truth, data, operators, found)
     line = {"example": "crosshole", "physics_error_ms": wrong, "figures": figures, "samples": samples}
-    print(json.dumps(line))
-    return line
+    return script.finish(line)
 
 
 if __name__ == "__main__":

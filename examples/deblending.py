@@ -20,12 +20,11 @@ ships with the package; one would enter here in place of the Gaussian, with a gu
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from typing import Any
 
 import numpy as np
+import script
 import torch
 from torch import Tensor
 
@@ -165,10 +164,7 @@ def draw(path: str, grid: Grid, truth: Tensor, problem: InverseProblem, estimate
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a small gather in seconds, to see that it runs")
-    parser.add_argument("--figure", help="write the picture here")
-    parser.add_argument("--samples", type=int, default=19, help="the min-max band of 19 covers 0.90 when calibrated")
+    parser = script.parser(__doc__, fast="a small gather in seconds, to see that it runs")
     args = parser.parse_args(argv)
     shape, examples = ((96, 16), 8) if args.fast else ((160, 48), EXAMPLES)
     samples = 5 if args.fast else args.samples
@@ -194,8 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.figure:
         draw(args.figure, grid, truth, problem, mean, draws)
     line = {"example": "deblending", "figures": figures, "samples": samples}
-    print(json.dumps(line))
-    return line
+    return script.finish(line)
 
 
 if __name__ == "__main__":

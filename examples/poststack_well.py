@@ -21,13 +21,12 @@ by a quarter. χ² is near 1, and yet the bands are too narrow: six draws cover 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 import warnings
 from typing import Any
 
 import numpy as np
+import script
 import torch
 from torch import Tensor
 
@@ -174,10 +173,7 @@ def draw(path: str, s: dict[str, Any], found: dict[str, Tensor], predicted: Tens
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a small section in seconds, to see that it runs")
-    parser.add_argument("--figure", help="write the picture here")
-    parser.add_argument("--samples", type=int, default=19, help="the min-max band of 19 covers 0.90 when calibrated")
+    parser = script.parser(__doc__, fast="a small section in seconds, to see that it runs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     shape, solver = ((96, 16), FAST) if args.fast else ((96, 48), SOLVER)
@@ -224,8 +220,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "figures": figures,
         "samples": samples,
     }
-    print(json.dumps(line))
-    return line
+    return script.finish(line)
 
 
 if __name__ == "__main__":

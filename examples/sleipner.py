@@ -15,14 +15,13 @@ correlation with the section (wavelet scale, model error). Everything else at th
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import script
 import torch
 from scipy.signal import butter, sosfiltfilt
 from torch import Tensor
@@ -294,20 +293,13 @@ def table(results: dict[str, Any], s: Survey) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the three .npy files")
-    parser.add_argument("--checkpoint", help="another learned prior than the shipped one")
-    parser.add_argument("--figure", help="write the picture here")
+    parser = script.parser(__doc__)
+    script.add_section(parser, DATA, TIMES)
     parser.add_argument("--full", action="store_true", help="all 468 traces")
     parser.add_argument("--traces", type=int, default=128, help="traces around the well")
-    parser.add_argument("--times", type=float, nargs=2, default=TIMES, help="first and last time in s")
     parser.add_argument("--step", type=int, choices=(2, 4), default=2, help="sampling of the unknown in ms")
     parser.add_argument("--weak-background", action="store_true", help="sd 0.08 for a smoothing cell, not a sample")
-    parser.add_argument("--samples", type=int, default=19)
-    parser.add_argument("--iterations", type=int, default=60, help="sweeps of PnP-DM")
     parser.add_argument("--inner", type=int, default=4, help="noise levels of a prior step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if not (args.data / "Sleipner_01_il_57.npy").exists():
@@ -346,8 +338,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "samples": args.samples,
         "threads": args.threads,
     }
-    print(json.dumps(line))
-    return line
+    return script.finish(line)
 
 
 if __name__ == "__main__":

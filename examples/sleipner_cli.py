@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import script
 import sleipner
 import torch
 import yaml
@@ -159,17 +158,11 @@ def held_back(n: int) -> Array:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=sleipner.DATA, help="folder of the three .npy files")
+    parser = script.parser(__doc__, figure=False)
+    script.add_section(parser, sleipner.DATA, sleipner.TIMES)
     parser.add_argument("--out", type=Path, help="keep files, configurations and results here")
-    parser.add_argument("--checkpoint", help="another learned prior than the shipped one")
     parser.add_argument("--traces", type=int, default=32, help="traces around the well")
-    parser.add_argument("--times", type=float, nargs=2, default=sleipner.TIMES, help="first and last time in s")
-    parser.add_argument("--samples", type=int, default=19)
-    parser.add_argument("--iterations", type=int, default=60, help="sweeps of PnP-DM")
     parser.add_argument("--inner", type=int, default=3, help="noise levels of a prior step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if not (args.data / "Sleipner_01_il_57.npy").exists():
@@ -224,8 +217,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
         "threads": args.threads,
     }
-    print(json.dumps(line))
-    return line
+    return script.finish(line)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ much there, and in the lens the estimate is drawn towards zero. Means are exact;
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from typing import Any
 
 import numpy as np
+import script
 import torch
 from torch import Tensor
 
@@ -158,10 +157,7 @@ def draw(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a small section in seconds, to see that it runs")
-    parser.add_argument("--figure", help="write the picture here")
-    parser.add_argument("--samples", type=int, default=19, help="the min-max band of 19 covers 0.90 when calibrated")
+    parser = script.parser(__doc__, fast="a small section in seconds, to see that it runs")
     args = parser.parse_args(argv)
     shape, examples = ((48, 16), 6) if args.fast else ((96, 64), EXAMPLES)
     samples = 5 if args.fast else args.samples
@@ -191,8 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.figure:
         draw(args.figure, grid, terms, truth, means, found)
     line = {"example": "time_lapse", "figures": figures, "samples": samples}
-    print(json.dumps(line))
-    return line
+    return script.finish(line)
 
 
 if __name__ == "__main__":

@@ -109,14 +109,15 @@ def _maker(name: str, allow_import: bool) -> Callable[..., Any]:
     if owner and not owner.startswith("invgen.") and "." not in owner and owner[:1].isupper():
         cls = resolve_class(owner)
         if not method.startswith("_") and isinstance(inspect.getattr_static(cls, method, None), classmethod):
-            return getattr(cls, method)  # type: ignore[no-any-return]
+            made: Callable[..., Any] = getattr(cls, method)
+            return made
         raise ConfigError(f"{owner} has no constructor {method!r}.")
     return resolve_class(name, allow_import=allow_import)
 
 
 def _hints(cls: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(cls.__init__ if isinstance(cls, type) else cls)  # type: ignore[misc]
+        return typing.get_type_hints(inspect.getattr_static(cls, "__init__") if isinstance(cls, type) else cls)
     except (NameError, TypeError):  # names known to type checkers only
         return {}
 
@@ -279,7 +280,8 @@ def build(
     if isinstance(cls, type):
         parser.add_class_arguments(cls, group, skip=skip, fail_untyped=False)
     else:
-        parser.add_method_arguments(cls.__self__, cls.__name__, group, skip=skip, fail_untyped=False)  # type: ignore[attr-defined]
+        constructor: Any = cls  # `_maker` gives classes and class methods
+        parser.add_method_arguments(constructor.__self__, constructor.__name__, group, skip=skip, fail_untyped=False)
 
     try:
         parsed = parser.parse_object({group: arguments}) if arguments or set(plain) - required else None

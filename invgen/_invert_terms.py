@@ -180,15 +180,15 @@ def _logarithm(log: np.ndarray, where: str) -> np.ndarray:
 def _reach(log: np.ndarray, spec: Mapping[str, Any], grid: Grid, name: str) -> tuple[float, float]:
     """First and last coordinate of the well: as given, or those of the section that the log covers."""
     z, axis, unit = grid.coordinates(0), grid.axes[0], grid.units[0]
-    ends = [spec.get("first"), spec.get("last")]
+    ends = first, last = spec.get("first"), spec.get("last")
     if any(e is not None and not isinstance(e, (int, float)) for e in ends):
-        raise ConfigError(f"first and last of the well {name!r} are numbers on the axis {axis}, got {ends}.")
+        raise ConfigError(f"first and last of the well {name!r} are numbers on the axis {axis}, got {list(ends)}.")
     if not _has_axis(log):
-        if None in ends:
+        if first is None or last is None:
             raise ConfigError(
                 f"The log of the well {name!r} has no coordinates; give first and last, or two columns: {axis} and value."
             )
-        return float(ends[0]), float(ends[1])  # type: ignore[arg-type]
+        return float(first), float(last)
     # a cell of half a sample either side has to lie inside the log
     low, high = (1.5 * log[k, 0] - 0.5 * log[j, 0] + s * grid.spacing[0] / 2 for k, j, s in ((0, 1, 1), (-1, -2, -1)))
     slack = 1e-6 * grid.spacing[0]
@@ -198,8 +198,8 @@ def _reach(log: np.ndarray, spec: Mapping[str, Any], grid: Grid, name: str) -> t
             f"The log {spec['file']} runs from {log[0, 0]:g} to {log[-1, 0]:g} but the section from {z[0]:g} to {z[-1]:g} {unit}; check its units, or move the window."
         )
     return (
-        float(covered[0] if ends[0] is None else ends[0]),
-        float(covered[-1] if ends[1] is None else ends[1]),
+        float(covered[0] if first is None else first),
+        float(covered[-1] if last is None else last),
     )
 
 

@@ -156,6 +156,17 @@ class LinearOperator(Operator):
     def __neg__(self) -> LinearOperator:
         return self * -1.0
 
+    def scaled_by_channel(self, scale: Tensor) -> LinearOperator:
+        """A diag(s) with one number a channel, `(channels,)`; operators that keep their structure under it override it.
+
+        A prior whose coordinates are u = (m − shift)/s a channel sees this operator: with the structure it keeps the
+        direct solves.
+        """
+        from invgen.operators.algebra import LinearComposition, Multiply
+
+        wide = scale.reshape(-1, *[1] * (len(self.model_shape) - 1)).expand(self.model_shape)
+        return LinearComposition(self, Multiply(wide.contiguous()))
+
     def normal(self, x: Tensor, R: Covariance | float | Tensor = 1.0) -> Tensor:
         """Aᴴ R⁻¹ A x."""
         return self.adjoint(as_covariance(R, self.data_shape).solve(self(x)))

@@ -104,15 +104,15 @@ class Dense(Covariance):
         return Dense((mine + its).to(self.matrix.dtype if not its.is_complex() else torch.complex128), self.shape)
 
 
-class BlockDiagonal(Covariance):
-    """Independent blocks over a flat, concatenated item `(batch, n_1 + n_2 + …)`: the noise of several data terms."""
+class Blocks(Covariance):
+    """Independent blocks, diag(C_1, C_2, …); a subclass says how an item divides into theirs (`_each`)."""
 
     _rank = 4
+    blocks: list[Covariance]
 
-    def __init__(self, blocks: list[Covariance]) -> None:
-        self.blocks = list(blocks)
-        self.sizes = [math.prod(b.shape) for b in self.blocks]
-        self.shape = (sum(self.sizes),)
+    def _each(self, name: str, v: Tensor) -> Tensor:
+        """The method of that name of every block on its part of v, joined again."""
+        raise NotImplementedError
 
     @property
     def per_item(self) -> bool:
@@ -121,25 +121,6 @@ class BlockDiagonal(Covariance):
     @property
     def has_solve(self) -> bool:
         return all(b.has_solve for b in self.blocks)
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return (sum(math.prod(b.noise_shape) for b in self.blocks),)
-
-    def split(self, v: Tensor) -> list[Tensor]:
-        """`(batch, n)` into one `(batch, *block.shape)` a block."""
-        return self._split(v, [b.shape for b in self.blocks])
-
-    @staticmethod
-    def _split(v: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        parts = v.split([math.prod(s) for s in shapes], dim=-1)
-        return [p.reshape(*p.shape[:-1], *s) for p, s in zip(parts, shapes, strict=True)]
-
-    def _each(self, name: str, v: Tensor) -> Tensor:
-        parts = self._split(v, [b.noise_shape if name == "sqrt" else b.shape for b in self.blocks])
-        return torch.cat(
-            [getattr(b, name)(p).flatten(-len(b.shape)) for b, p in zip(self.blocks, parts, strict=True)], dim=-1
-        )
 
     def apply(self, v: Tensor) -> Tensor:
         return self._each("apply", v)
@@ -160,6 +141,34 @@ class BlockDiagonal(Covariance):
             wide = torch.promote_types(total.dtype, part.dtype)
             total = total.to(wide) + part.to(device=total.device, dtype=wide)
         return total
+
+
+class BlockDiagonal(Blocks):
+    """Independent blocks over a flat, concatenated item `(batch, n_1 + n_2 + …)`: the noise of several data terms."""
+
+    def __init__(self, blocks: list[Covariance]) -> None:
+        self.blocks = list(blocks)
+        self.sizes = [math.prod(b.shape) for b in self.blocks]
+        self.shape = (sum(self.sizes),)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return (sum(math.prod(b.noise_shape) for b in self.blocks),)
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """`(batch, n)` into one `(batch, *block.shape)` a block."""
+        return self._split(v, [b.shape for b in self.blocks])
+
+    @staticmethod
+    def _split(v: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        parts = v.split([math.prod(s) for s in shapes], dim=-1)
+        return [p.reshape(*p.shape[:-1], *s) for p, s in zip(parts, shapes, strict=True)]
+
+    def _each(self, name: str, v: Tensor) -> Tensor:
+        parts = self._split(v, [b.noise_shape if name == "sqrt" else b.shape for b in self.blocks])
+        return torch.cat(
+            [getattr(b, name)(p).flatten(-len(b.shape)) for b, p in zip(self.blocks, parts, strict=True)], dim=-1
+        )
 
     def diagonal(self) -> Tensor:
         parts = []

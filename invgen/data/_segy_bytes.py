@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["FORMATS", "NAMES", "Headers", "need_segyio", "read_headers"]
+__all__ = ["FORMATS", "NAMES", "Endian", "Headers", "need_segyio", "read_headers"]
 
 Array = np.ndarray
 
+Endian = Literal["big", "little"]
+ENDIANS: tuple[Endian, ...] = ("big", "little")
 FORMATS = {1: 4, 2: 4, 3: 2, 5: 4, 6: 8, 8: 1}  # code -> bytes a sample
 NAMES = {
     1: "4-byte IBM float",
@@ -74,7 +76,7 @@ class Headers:
     head: bytes
     traces: Array
     format: int
-    endian: str
+    endian: Endian
     samples: int
 
     @property
@@ -117,7 +119,7 @@ def read_headers(path: Path) -> Headers:
         )
     with path.open("rb") as file:
         head = file.read(3600)
-        codes = {e: int.from_bytes(head[3224:3226], e) for e in ("big", "little")}  # type: ignore[arg-type]
+        codes = {e: int.from_bytes(head[3224:3226], e) for e in ENDIANS}
         endian = next((e for e, c in codes.items() if c in FORMATS), None)
         if endian is None:
             raise ValueError(

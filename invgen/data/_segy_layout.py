@@ -167,7 +167,8 @@ def _cube(where: str, i: Array, j: Array, xy: Array | None, unit: str, notes: li
             notes.append("its coordinates do not change along an axis, spacings are in traces")
             unit = "trace"
         else:
-            spacing = tuple(float(v) if v > 0 else 1.0 for v in lengths)  # type: ignore[assignment]
+            first, second = (float(v) if v > 0 else 1.0 for v in lengths)
+            spacing = (first, second)
             if off > 0.05 * min(v for v in lengths if v > 0):
                 notes.append(f"its coordinates are up to {off:.3g} {unit} off a regular grid")
     else:

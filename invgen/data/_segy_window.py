@@ -92,9 +92,9 @@ def cut_headers(headers: Headers, kept: Array, samples: int, start: float | None
     """
     head, traces = bytearray(headers.head), headers.traces[kept].copy()
     endian = headers.endian
-    head[BINARY["samples"] - 1 : BINARY["samples"] + 1] = samples.to_bytes(2, endian)  # type: ignore[arg-type]
+    head[BINARY["samples"] - 1 : BINARY["samples"] + 1] = samples.to_bytes(2, endian)
     if any(head[EXTENDED_SAMPLES]):
-        head[EXTENDED_SAMPLES] = samples.to_bytes(4, endian)  # type: ignore[arg-type]
+        head[EXTENDED_SAMPLES] = samples.to_bytes(4, endian)
     stated = headers.field("samples")[kept] != 0
     _put(traces, TRACE["samples"], np.where(stated, samples, 0), endian)
     if start is not None:

@@ -95,9 +95,9 @@ class ElasticSections(Stream):
 
     def _window(self, rng: np.random.Generator) -> Array:
         (nz, nx), (dz, dx) = self.shape, self.spacing
-        full = tuple(max(n, math.ceil(e / d)) for n, e, d in zip(self.shape, _EXTENT, self.spacing, strict=True))
+        full = max(nz, math.ceil(_EXTENT[0] / dz)), max(nx, math.ceil(_EXTENT[1] / dx))
         top, left = int(rng.integers(full[0] - nz + 1)), int(rng.integers(full[1] - nx + 1))
-        section = GeologySections(full, self.spacing, depth=rng.uniform(*self.depth))  # type: ignore[arg-type]
+        section = GeologySections(full, self.spacing, depth=rng.uniform(*self.depth))
         x = (np.arange(full[1]) * dx).astype(np.float32)
         z = (section.depth + np.arange(full[0]) * dz).astype(np.float32)
         nothing = np.zeros(full[1], dtype=np.float32)

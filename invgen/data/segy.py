@@ -266,7 +266,7 @@ def write_segy(
             f"{int((~np.isfinite(traces)).sum())} values are NaN or infinite, which IBM floats have not; replace them or write format='ieee'."
         )
     head = bytearray(headers.head)
-    head[3224:3226] = code.to_bytes(2, headers.endian)  # type: ignore[arg-type]
+    head[3224:3226] = code.to_bytes(2, headers.endian)
     step = 240 + traces.shape[1] * FORMATS[code]
     try:
         with atomic(path) as partial:

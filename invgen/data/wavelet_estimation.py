@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from invgen._series import inflation
+
 __all__ = ["WellTie", "reflectivity", "statistical_wavelet", "well_tie"]
 
 Array = np.ndarray
@@ -218,21 +220,9 @@ def well_tie(
     e = y - scale * s
     fitted = 1 if given is not None else n_w
     sd = math.sqrt(float(e @ e) / max(len(e) - fitted, 1))
-    error = sd / math.sqrt(energy) * math.sqrt(_inflation(e, s))
+    error = sd / math.sqrt(energy) * math.sqrt(max(0.1, inflation(e, s)))
     return WellTie(w, int(shifts[best]), _correlation(s, y), scale, error, sd, len(rows), shifts, misfit)
 
 
 def _correlation(a: Array, b: Array) -> float:
     return float(a @ b / max(math.sqrt(float(a @ a) * float(b @ b)), 1e-300))
-
-
-def _inflation(e: Array, s: Array) -> float:
-    """1 + 2 Σ_k v_k ρ_e(k) ρ_s(k), the variance of ⟨e, s⟩ over that of white e; Bartlett's v to n^(1/2) · 3 lags."""
-    n = len(e)
-    lags = min(n - 1, int(3 * math.sqrt(n)))
-
-    def rho(v: Array) -> Array:
-        return np.array([v[k:] @ v[: n - k] for k in range(1, lags + 1)]) / max(float(v @ v), 1e-300)
-
-    weight = 1 - np.arange(1, lags + 1) / (lags + 1)
-    return max(1 + 2 * float((weight * rho(e) * rho(s)).sum()), 0.1)

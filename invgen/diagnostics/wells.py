@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from invgen._series import inflation
 from invgen.diagnostics._arrays import Array, tensor
 
 __all__ = ["BlindWell", "blind_well"]
@@ -103,7 +104,9 @@ def blind_well(samples: Array, log: Array, *, trend: Array | None = None, level:
         detrended=detrended,
         detrended_error=detrended_error,
         coverage=share,
-        coverage_error=math.sqrt(spread * _inflation(inside, inside) / len(truth)),
+        coverage_error=math.sqrt(
+            spread * max(1.0, inflation(inside - inside.mean(), inside - inside.mean())) / len(truth)
+        ),
         nominal=nominal,
         rms=float(np.sqrt(np.square(mean - truth).mean())),
         width=float(np.median(high - low)),
@@ -119,15 +122,4 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     if not size > 0:
         return math.nan, math.nan
     r = float(a @ b) / size
-    return r, (1 - r**2) * math.sqrt(_inflation(a, b) / len(a))
-
-
-def _inflation(a: np.ndarray, b: np.ndarray) -> float:
-    """1 + 2 Σ_k v_k ρ_a(k) ρ_b(k), v Bartlett's window over 3 √n lags, at least 1; 1 where a series is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    n = len(a)
-    if not (a @ a > 0 and b @ b > 0):
-        return 1.0
-    lags = np.arange(1, min(n - 1, int(3 * math.sqrt(n))) + 1)
-    rho = [np.array([v[k:] @ v[: n - k] for k in lags]) / float(v @ v) for v in (a, b)]
-    return max(1.0, 1 + 2 * float(((1 - lags / (lags[-1] + 1)) * rho[0] * rho[1]).sum()))
+    return r, (1 - r**2) * math.sqrt(max(1.0, inflation(a, b)) / len(a))

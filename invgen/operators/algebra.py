@@ -71,8 +71,8 @@ def _after_affine(outer: LinearOperator | AffineOperator, inner: transforms.Tran
     scaled: LinearOperator
     if isinstance(inner, transforms.Affine) and inner.scale.numel() == 1:
         scaled = Scaled(linear, float(inner.scale))
-    elif isinstance(inner, transforms.Affine) and inner.scale.ndim == 1 and hasattr(linear, "scaled_by_channel"):
-        scaled = linear.scaled_by_channel(inner.scale)  # type: ignore[operator]  # pre-stack modelling
+    elif isinstance(inner, transforms.Affine) and inner.scale.ndim == 1:
+        scaled = linear.scaled_by_channel(inner.scale)
     else:
         scale = (inner(torch.ones(1, *outer.model_shape, dtype=torch.float64)) - centre)[0]
         scaled = LinearComposition(linear, Multiply(scale))

@@ -82,7 +82,7 @@ class PreStack(LinearOperator):
         self,
         wavelet: Tensor | np.ndarray,
         angles: Tensor | np.ndarray | list[float],
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         *,
         vsvp: float | Tensor | np.ndarray = 0.5,
         linearization: str = "aki_richards",
@@ -167,7 +167,7 @@ class PreStack(LinearOperator):
         other = PreStack(
             self.wavelet,
             self.angles,
-            shape,  # type: ignore[arg-type]
+            shape,
             kind=self.kind,
             angle_unit="degrees",
             coefficients=coefficients,

@@ -16,10 +16,12 @@ from invgen.contracts import Operator
 from invgen.grid import Grid
 from invgen.operators._casts import Casts
 from invgen.operators._eikonal import Diagonals, Geometry, bilinear, pull, solve
+from invgen.operators._survey import crosshole, surface
 
 __all__ = ["TravelTime"]
 
 Array = np.ndarray
+_WHAT = "Travel times along bent rays"
 
 # nodes × items × sources that are treated at a time: 2¹⁹ doubles are 4 MB, of which some forty are in use
 BLOCK = 2**19
@@ -164,12 +166,7 @@ class TravelTime(Operator):
         oversample: int = 1,
     ) -> TravelTime:
         """Two vertical holes along the left and right edges, the ends at equal distances in depth, as `StraightRays`."""
-        low, size = _frame(grid)
-
-        def hole(count: int, x: float) -> Array:
-            return np.stack([low[0] + (np.arange(count) + 0.5) / count * size[0], np.full(count, x)], axis=1)
-
-        sources, receivers = hole(num_sources, low[1]), hole(num_receivers, low[1] + size[1])
+        sources, receivers = crosshole(grid, num_sources, num_receivers, _WHAT)
         return cls.all_pairs(grid, sources, receivers, model=model, oversample=oversample)
 
     @classmethod
@@ -183,13 +180,9 @@ class TravelTime(Operator):
         oversample: int = 1,
     ) -> TravelTime:
         """Sources and receivers along the upper edge at equal distances; a receiver at its source is left out."""
-        low, size = _frame(grid)
-
-        def line(count: int) -> Array:
-            return np.stack([np.full(count, low[0]), low[1] + (np.arange(count) + 0.5) / count * size[1]], axis=1)
-
-        s, r = np.repeat(line(num_sources), num_receivers, 0), np.tile(line(num_receivers), (num_sources, 1))
-        apart = np.abs(s - r)[:, 1] > 1e-9 * size[1]
+        s = np.repeat(surface(grid, num_sources, _WHAT), num_receivers, 0)
+        r = np.tile(surface(grid, num_receivers, _WHAT), (num_sources, 1))
+        apart = np.abs(s - r)[:, 1] > 1e-9 * grid.shape[1] * grid.spacing[1]
         return cls(grid, s[apart], r[apart], model=model, oversample=oversample)
 
     @classmethod
@@ -300,14 +293,6 @@ def _interpolating(n: int, k: int) -> Tensor:
     out[rows, base] = 1 - (at - base)
     out[rows, np.minimum(base + 1, n - 1)] += at - base
     return torch.from_numpy(out)
-
-
-def _frame(grid: Grid) -> tuple[list[float], list[float]]:
-    """Upper left corner of the cells of a 2-D grid, and the height and width of all of them."""
-    if len(grid.shape) != 2:
-        raise ValueError(f"Travel times along bent rays need a 2-D grid (z, x), got the shape {grid.shape}.")
-    low = [o - 0.5 * d for o, d in zip(grid.origin, grid.spacing, strict=True)]
-    return low, [n * d for n, d in zip(grid.shape, grid.spacing, strict=True)]
 
 
 class _Times(torch.autograd.Function):

@@ -230,7 +230,7 @@ class Smooth(SeparableOperator):
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], lengths: tuple[int, int] = (60, 50), *, model_grid: Grid | None = None
+        self, shape: tuple[int, ...], lengths: tuple[int, int] = (60, 50), *, model_grid: Grid | None = None
     ) -> None:
         if len(shape) != 3 or len(lengths) != 2 or min(lengths) < 1:
             raise ValueError(

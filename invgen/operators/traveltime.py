@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from invgen.grid import Grid
+from invgen.operators._survey import crosshole
 from invgen.operators.sparse import SparseOperator
 
 __all__ = ["StraightRays"]
@@ -81,16 +82,7 @@ class StraightRays(SparseOperator):
     @classmethod
     def crosshole(cls, grid: Grid, num_sources: int = 24, num_receivers: int = 24) -> StraightRays:
         """Two vertical holes along the first and last columns, the ends at equal distances in depth (2-D grids)."""
-        if len(grid.shape) != 2:
-            raise ValueError(f"Cross-hole rays need a 2-D grid (z, x), got the shape {grid.shape}.")
-        edge = [o - 0.5 * d for o, d in zip(grid.origin, grid.spacing, strict=True)]
-        height, width = (n * d for n, d in zip(grid.shape, grid.spacing, strict=True))
-
-        def hole(count: int, x: float) -> Array:
-            depth = edge[0] + (np.arange(count) + 0.5) / count * height
-            return np.stack([depth, np.full(count, x)], axis=1)
-
-        return cls.all_pairs(grid, hole(num_sources, edge[1]), hole(num_receivers, edge[1] + width))
+        return cls.all_pairs(grid, *crosshole(grid, num_sources, num_receivers, "Cross-hole rays"))
 
     @classmethod
     def examples(cls) -> list[Any]:

@@ -8,19 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from invgen.covariance import Covariance, Scalar
+from invgen.covariance import Blocks, Covariance, Scalar
 from invgen.transforms import Transform
 
 __all__: list[str] = []
 
 
-class ChannelBlocks(Covariance):
+class ChannelBlocks(Blocks):
     """Independent blocks along the first axis of an item: diag(C_1, C_2, …).
 
     White noise for draws is flat where the blocks' own has other shapes (padded stationary ones).
     """
-
-    _rank = 4
 
     def __init__(self, blocks: list[Covariance]) -> None:
         self.blocks = list(blocks)
@@ -28,40 +26,15 @@ class ChannelBlocks(Covariance):
         self.shape = (sum(self.sizes), *self.blocks[0].shape[1:])
 
     @property
-    def per_item(self) -> bool:
-        return any(b.per_item for b in self.blocks)
-
-    @property
-    def has_solve(self) -> bool:
-        return all(b.has_solve for b in self.blocks)
-
-    @property
     def noise_shape(self) -> tuple[int, ...]:
         return joint_shape([b.noise_shape for b in self.blocks], [b.shape for b in self.blocks])
 
     def _each(self, name: str, v: Tensor) -> Tensor:
-        pieces = v.split(self.sizes, dim=-len(self.shape))
+        if name == "sqrt":
+            pieces = split_joint(v, [b.noise_shape for b in self.blocks], [b.shape for b in self.blocks])
+        else:
+            pieces = list(v.split(self.sizes, dim=-len(self.shape)))
         return torch.cat([getattr(b, name)(p) for b, p in zip(self.blocks, pieces, strict=True)], dim=-len(self.shape))
-
-    def apply(self, v: Tensor) -> Tensor:
-        return self._each("apply", v)
-
-    def solve(self, v: Tensor) -> Tensor:
-        return self._each("solve", v)
-
-    def whiten(self, v: Tensor) -> Tensor:
-        return self._each("whiten", v)
-
-    def sqrt(self, white: Tensor) -> Tensor:
-        pieces = split_joint(white, [b.noise_shape for b in self.blocks], [b.shape for b in self.blocks])
-        return torch.cat([b.sqrt(p) for b, p in zip(self.blocks, pieces, strict=True)], dim=-len(self.shape))
-
-    def logdet(self) -> Tensor:
-        parts = [b.logdet().double() for b in self.blocks]
-        total = parts[0]
-        for p in parts[1:]:
-            total = total + p
-        return total
 
     def diagonal(self) -> Tensor:
         parts = []

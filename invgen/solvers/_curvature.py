@@ -16,7 +16,7 @@ from invgen.solvers._lowrank import laplace_factors
 from invgen.solvers._target import Target
 
 _STARTS, _ITERATIONS = 4, 100  # of the search for the mode
-PLACES = 16  # chains of an observation whose curvature is averaged
+_PLACES = 16  # chains of an observation whose curvature is averaged
 _LEAST = 1e-2  # eigenvalue, against the prior's 1, below which a direction is left out
 
 
@@ -44,7 +44,7 @@ def at_mode(target: Target, state: dict[str, Tensor], observations: int, rank: i
 
 
 def average_curvature(
-    target: Target, z: Tensor, phi: Tensor, observations: int, rank: int | None, places: int = PLACES
+    target: Target, z: Tensor, phi: Tensor, observations: int, rank: int | None, places: int = _PLACES
 ) -> dict[str, Tensor]:
     """Curvature averaged over up to `places` living chains of each observation: mean of V_k Λ_k V_kᵀ, by an SVD of its root."""
     chains = len(z) // observations
