@@ -17,6 +17,7 @@ from invgen.operators import MatrixOperator
 from invgen.priors import GaussianPrior
 from invgen.problem import InverseProblem
 from invgen.solvers import HMC, MALA, NUTS, ExactGaussian, _metric, _warmup, hmc, nuts
+from invgen.solvers._target import target_of
 from invgen.transforms import Affine
 
 F64 = torch.float64
@@ -151,6 +152,70 @@ def test_windows_fill_the_slow_part_and_double(warmup):
     assert ends[-1] < warmup
     assert (lengths[1:] >= lengths[:-1]).all()
     assert _warmup.windows(19) == (0, [])
+
+
+def test_a_rejection_is_no_stuck_chain():
+    """Four chains that accept 0.8 on average keep the step; one that never moves brings it down to a tenth."""
+    g = torch.Generator().manual_seed(1)
+    rate = torch.full((1, 4), 0.8, dtype=F64)
+    judged = []
+    for _ in range(400):
+        accepted = (torch.rand(1, 4, generator=g, dtype=F64) < 0.8).to(F64)
+        value, rate = _warmup.pooled_acceptance(rate, accepted)
+        judged.append(float(value))
+    assert 0.7 < np.mean(judged) < 0.8  # the harmonic mean of rates over eight steps lies a few per cent below theirs
+    for _ in range(40):
+        value, rate = _warmup.pooled_acceptance(rate, torch.tensor([[0.8, 0.8, 0.0, 0.8]], dtype=F64))
+    assert float(value) < 0.08
+    lost = torch.tensor([[0.8, math.nan, math.nan, 0.8]], dtype=F64)
+    value, after = _warmup.pooled_acceptance(torch.full((1, 4), 0.8, dtype=F64), lost)
+    torch.testing.assert_close(value, torch.tensor([0.8], dtype=F64))
+    torch.testing.assert_close(after, torch.full((1, 4), 0.8, dtype=F64))
+
+
+def test_trajectories_of_unequal_numbers_of_leaps_are_those_of_each_observation_alone():
+    """Observations that are done leave the batch: what the others do, and they themselves, must not notice."""
+    problem, chains = _problem(n_obs=5), 3
+    g = torch.Generator().manual_seed(2)
+    q, xi = _randn(g, 5, chains, DIM), _randn(g, 5, chains, DIM)
+    root = _randn(g, 5, DIM, DIM) / 3
+    metric = _metric.unit_metric(5, DIM, DIM, q[0, 0])._replace(
+        dense=torch.linalg.cholesky(root @ root.mT + torch.eye(DIM, dtype=F64))
+    )
+    step, counts = torch.linspace(0.01, 0.05, 5, dtype=F64), [1.0, 7.0, 2.0, 13.0, 2.0]
+    target = target_of(problem.select([i for i in range(5) for _ in range(chains)]), "z")
+    _, gradient = target.value_and_grad(q.flatten(0, 1))
+    force = (gradient + q.flatten(0, 1)).unflatten(0, (5, chains))
+    phi, *ends = hmc._leapfrog(target, metric, q, xi, force, step, counts)
+    for i, count in enumerate(counts):
+        alone = target_of(problem.select([i] * chains), "z")
+        part = slice(i, i + 1)
+        lone_phi, *lone = hmc._leapfrog(
+            alone, metric.of_some(torch.tensor([i])), q[part], xi[part], force[part], step[part], [count]
+        )
+        torch.testing.assert_close(phi.unflatten(0, (5, chains))[i], lone_phi)
+        for together, single in zip(ends, lone, strict=True):
+            torch.testing.assert_close(together[part], single)
+
+
+def test_a_new_mass_matrix_keeps_what_the_length_has_gained(monkeypatch):
+    """The first matrix sets a quarter of a turn, whatever was before; the next ones keep a longer trajectory."""
+    ends = _warmup.windows(60)[1]
+    assert len(ends) > 1
+    after = {}
+    plain = HMC.learn
+
+    def watched(self, target, state, acceptance, rng, clock):
+        if clock + 1 in ends:
+            state = state | {"log_length": torch.full_like(state["log_length"], math.log(40.0))}
+        new = plain(self, target, state, acceptance, rng, clock)
+        after[clock + 1] = float(new["log_length"].exp().min()) if "log_length" in new else None
+        return new
+
+    monkeypatch.setattr(HMC, "learn", watched)
+    HMC(draws=1, warmup=60).solve(_problem(), 8, seed=3, dtype=F64)
+    assert after[ends[0]] < 39
+    assert all(after[end] >= 39 for end in ends[1:])
 
 
 def test_jitter_is_the_sequence_of_van_der_corput():
