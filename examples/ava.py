@@ -31,7 +31,7 @@ from invgen.noise import GaussianNoise
 from invgen.operators import PreStack, Smooth, check_elastic_model, ricker
 from invgen.priors import DiffusionPrior, GaussianPrior, pretrained
 from invgen.problem import InverseProblem, Term
-from invgen.solvers import MMPS, ExactGaussian, GuidedDiffusion
+from invgen.solvers import ExactGaussian, PnPDM
 from invgen.transforms import Affine
 
 ANGLES = (5.0, 17.5, 30.0)  # degrees
@@ -97,8 +97,8 @@ def invert(data: Survey, prior: DiffusionPrior | GaussianPrior, samples: int) ->
     solver: Solver
     if isinstance(prior, GaussianPrior):
         solver = ExactGaussian(method="cg", rtol=1e-4)
-    else:  # the background pins all that is larger: no mode of the posterior has a standard deviation near 50/7
-        solver = GuidedDiffusion(MMPS(iterations=6, rtol=0.02), "heun", steps=24, sigma_max=50.0)
+    else:
+        solver = PnPDM(iterations=80, inner=3, rho_max=20.0, rho_min=0.01)
     began = time.perf_counter()
     dtype = torch.float64 if isinstance(prior, GaussianPrior) else torch.float32
     posterior = solver.solve(problem, samples, seed=0, dtype=dtype)

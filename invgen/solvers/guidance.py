@@ -195,6 +195,17 @@ class MMPS:
     (R + r² A Aᵀ)⁻¹ through `operator.solve` makes a few iterations enough. Exact for a Gaussian prior, linear physics
     and Gaussian noise, in the limit of small steps and a converged solve: stopping after one iteration is a bias.
 
+    The residual that GMRES minimises, and that `rtol` and the reported figure refer to, is that of the whitened data,
+    |R^(−½)(rhs − S v)| / |R^(−½) rhs|, S the matrix of the system: in the units of the data coloured noise would hide
+    the precise ones.
+
+    Where noise is next to nothing and J is silent, or is not positive because it was learned, the system is next to
+    singular. `damping` δ > 0 takes V = σ² (J + δ I) and preconditions with (R + σ² A Aᵀ)⁻¹, which bounds the
+    preconditioned system from about δ to 1 at every level, whatever the prior's modes: GMRES then gains a factor
+    (1 − √δ)/(1 + √δ) an iteration. For a Gaussian prior, modes of variance 1e-2 to 1e3 and noise from 1e-3 to 10 of
+    it, the mean moves by at most 0.24 posterior sd towards the prior for data one sd off, and the standard deviation
+    is at most 1.18 times too large, at δ = 0.02 (0.43 and 1.32 at 0.05).
+
     Non-linear operators are linearised once a call at the clean estimate, g(u0) ≈ g(D) + G (u0 − D) (Gauss–Newton):
     right to the second order of the width of p(u0 | u_σ), a bias where g bends within it. Their systems are
     preconditioned by R⁻¹ only and want more iterations.
@@ -203,6 +214,10 @@ class MMPS:
         iterations: size of the Krylov space, at the most.
         rtol: stop when every sample reached it; 0 always spends all iterations and never looks.
         precondition: use `operator.solve`; switch off where it is as expensive as the network.
+        damping: δ, a few hundredths; 0 is the published rule.
+
+    Raises:
+        ValueError: a negative damping.
 
     Cost: 1 network pass and iterations + 1 vector–Jacobian products, operators and adjoints; for non-linear operators
     1 pass and iterations (products with G) + iterations + 1 (with Gᵀ) derivatives.
@@ -214,10 +229,15 @@ class MMPS:
     iterations: int = 8
     rtol: float = 1e-4
     precondition: bool = True
+    damping: float = 0.0
 
     linear_only = False
     derivative_order = 2
     conditional = "tweedie"
+
+    def __post_init__(self) -> None:
+        if not self.damping >= 0:
+            raise ValueError(f"MMPS needs damping >= 0, got {self.damping}; 0 is the published rule.")
 
     @property
     def tolerance(self) -> float:
@@ -235,20 +255,32 @@ class MMPS:
     def pull(
         self, problem: InverseProblem, physics: Linearised, leaf: Tensor, clean: Tensor, rhs: Tensor, sigma: float
     ) -> tuple[Tensor, Tensor]:
-        """Jᵀ Gᵀ (R + σ² G Jᵀ Gᵀ)⁻¹ rhs, and the relative residual of the solve."""
-        r2 = conditional_variance(problem, sigma)
+        """Jᵀ Gᵀ (R + σ² G (Jᵀ + δ) Gᵀ)⁻¹ rhs, and the relative residual of the whitened solve."""
+        r2 = sigma**2 if self.damping else conditional_variance(problem, sigma)
+        R = physics.R
+        # colour undoes whiten only where the noise is drawn from as many numbers as there are data
+        square = R.has_solve and tuple(getattr(R, "noise_shape", rhs.shape[1:])) == tuple(rhs.shape[1:])
+        colour, whiten = (R.sqrt, R.whiten) if square else (_as_it_is, _as_it_is)
 
         def ease(v: Tensor) -> Tensor:
-            return physics.ease(v, r2) if self.precondition else v
+            v = colour(v)
+            if self.precondition:
+                return physics.ease(v, r2)
+            return R.solve(v) if square else v  # R^(−½) S R^(−½)ᵀ, the whitened system as it is
 
         def system(v: Tensor) -> Tensor:
             w = ease(v)
-            return physics.R.apply(w) + sigma**2 * physics.forward(
-                pull_back(clean, leaf, physics.adjoint(w), keep=True)
-            )
+            back = physics.adjoint(w)
+            spread = pull_back(clean, leaf, back, keep=True)
+            spread = spread + self.damping * back if self.damping else spread
+            return whiten(R.apply(w) + sigma**2 * physics.forward(spread))
 
-        solved = _gmres(system, rhs, self.iterations, self.rtol)
+        solved = _gmres(system, whiten(rhs), self.iterations, self.rtol)
         return pull_back(clean, leaf, physics.adjoint(ease(solved.x))), solved.residual
+
+
+def _as_it_is(v: Tensor) -> Tensor:
+    return v
 
 
 def _gmres(system: Callable[[Tensor], Tensor], rhs: Tensor, iterations: int, rtol: float) -> Solved:

@@ -114,6 +114,36 @@ def test_exact_covariance_gives_the_exact_posterior_denoiser(case, rule):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_damping_adds_its_share_of_the_noise_level(case):
+    problem, A, d, R = case()
+    J, fit = denoiser()
+    S = R + SIGMA**2 * A @ (J + 0.1 * torch.eye(DIM, dtype=F64)) @ A.T
+    got, _ = MMPS(iterations=16, rtol=1e-12, damping=0.1)(chunk(problem), POINTS, SIGMA, 1.0)
+    torch.testing.assert_close(got, guided(A, d, S, fit, fit, J), rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="damping >= 0"):
+        MMPS(damping=-0.1)
+
+
+@pytest.mark.parametrize("precondition", [True, False])
+def test_an_unfinished_solve_does_not_depend_on_the_units_of_a_term(precondition):
+    """GMRES minimises the whitened residual, so that a precise datum in small units counts as much as any other."""
+    A, B, d, e = normal(10, DATA, DIM), normal(14, 3, DIM), normal(11, DATA), normal(15, 3)
+    rule = MMPS(iterations=3, rtol=0, precondition=precondition)
+    results = []
+    for unit in (1.0, 1e-3):
+        terms = [
+            Term(d, MatrixOperator(A), GaussianNoise(covariance=Dense(spd(12, DATA, 0.05)))),
+            Term(unit * e, MatrixOperator(unit * B), GaussianNoise(0.5 * unit)),
+        ]
+        problem = InverseProblem(terms=terms, prior=GaussianPrior.dense(MEAN, COVARIANCE))
+        results.append(rule(chunk(problem), POINTS, SIGMA, 1.0))
+    (first, residual), (second, other) = results
+    assert float(residual.min()) > 1e-6
+    torch.testing.assert_close(first, second, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(residual, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_pigdm_and_convolved_are_their_formulas(case):
     problem, A, d, R = case()
     J, fit = denoiser()
