@@ -28,6 +28,10 @@ __all__ = ["Benchmark", "Row", "Timing", "compare", "interleaved", "load_targets
 
 TARGETS = Path(__file__).with_name("targets.toml")
 
+# A script's folder comes first on the path, where sbi.py would stand for the library sbi: it goes last.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.append(sys.path.pop(0))
+
 
 @dataclass(frozen=True)
 class Row:

@@ -24,38 +24,41 @@ __all__ = ["Store"]
 _COUNTERS = ("adjoint_count", "evaluations", "forward_count", "training")  # change while nothing else does
 
 
+def absorb(digest: Any, value: Any, depth: int = 0) -> None:
+    """Feed a value to a hash: tensors, plain values, modules, and objects by their public attributes."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().resolve_conj().contiguous()
+        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    elif isinstance(value, (int, float, complex, str, bool, type(None))):
+        digest.update(repr(value).encode())
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            absorb(digest, part, depth + 1)
+    else:
+        digest.update(type(value).__name__.encode())
+        if isinstance(value, torch.nn.Module):
+            for name, tensor in itertools.chain(value.named_parameters(), value.named_buffers()):
+                absorb(digest, (name, tensor), depth + 1)
+        if depth < 4:  # noises, covariances, priors; underscored attributes are caches, except the covariance
+            for name, part in sorted(getattr(value, "__dict__", {}).items()):
+                if (not name.startswith("_") and name not in _COUNTERS) or name == "_covariance":
+                    digest.update(name.encode())
+                    absorb(digest, part, depth + 1)
+
+
 def fingerprint(problem: InverseProblem) -> str:
     """SHA-256 over data, masks, physics, noise and priors: a checkpoint continues the problem it was made for."""
     digest = hashlib.sha256()
-
-    def add(value: Any, depth: int = 0) -> None:
-        if isinstance(value, Tensor):
-            plain = value.detach().cpu().resolve_conj().contiguous()
-            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-        elif isinstance(value, (int, float, complex, str, bool, type(None))):
-            digest.update(repr(value).encode())
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                add(part, depth + 1)
-        else:
-            digest.update(type(value).__name__.encode())
-            if isinstance(value, torch.nn.Module):
-                for name, tensor in itertools.chain(value.named_parameters(), value.named_buffers()):
-                    add((name, tensor), depth + 1)
-            if depth < 4:  # noises, covariances, priors; underscored attributes are caches, except the covariance
-                for name, part in sorted(getattr(value, "__dict__", {}).items()):
-                    if (not name.startswith("_") and name not in _COUNTERS) or name == "_covariance":
-                        digest.update(name.encode())
-                        add(part, depth + 1)
-
     for term in problem.terms:
-        add((term.data, term.mask, type(term.operator).__name__, str(term.operator)))
+        absorb(digest, (term.data, term.mask, type(term.operator).__name__, str(term.operator)))
         for name, tensor in term.operator.state_dict().items():
-            add((name, tensor))
-        add(term.noise)
-    add(problem.prior)
-    add((problem.model_shape, sorted(problem.nuisance), [problem.nuisance[k] for k in sorted(problem.nuisance)]))
+            absorb(digest, (name, tensor))
+        absorb(digest, term.noise)
+    absorb(digest, problem.prior)
+    absorb(
+        digest, (problem.model_shape, sorted(problem.nuisance), [problem.nuisance[k] for k in sorted(problem.nuisance)])
+    )
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from invgen.contracts import Operator
 
-__all__ = ["Affine", "Chain", "Exp", "Identity", "Log", "Sigmoid", "Transform"]
+__all__ = ["Affine", "Chain", "Exp", "Identity", "Log", "Probit", "Sigmoid", "Transform"]
 
 
 class Transform(Operator):
@@ -211,6 +211,60 @@ class Sigmoid(Transform):
         # sigmoid(lower) - sigmoid(upper) = sigmoid(lower) sigmoid(-upper) (1 - e^(upper - lower))
         gap = torch.log(-torch.expm1(upper - lower))
         return (F.logsigmoid(lower) + F.logsigmoid(-upper) + gap).flatten(1).sum(1)
+
+
+class Probit(Transform):
+    r"""x = low + (high − low) Φ(u): a standard normal u becomes a uniform x on (low, high).
+
+    Args:
+        low, high: bounds in the units of x, numbers or tensors of the item's shape.
+        shape: shape of one item, or None.
+
+    Raises:
+        ValueError: bounds that are not finite with low < high.
+    """
+
+    def __init__(self, low: float | Tensor, high: float | Tensor, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__(shape)
+        given = (torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64))
+        first, last = torch.broadcast_tensors(*given)
+        if not bool((torch.isfinite(first) & torch.isfinite(last) & (first < last)).all()):
+            raise ValueError(f"Bounds must be finite with low < high, got {first.tolist()} and {last.tolist()}.")
+        self.register_buffer("low", first.clone())
+        self.register_buffer("high", last.clone())
+        self.low: Tensor
+        self.high: Tensor
+
+    @classmethod
+    def examples(cls) -> list[Any]:
+        return [cls(-1.0, 5.0, (4,)), cls(torch.tensor([0.0, -2.0]), torch.tensor([4.0, 6.0]), (2,))]
+
+    def _bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.low.to(like), self.high.to(like)
+
+    def forward(self, x: Tensor, **theta: Tensor) -> Tensor:
+        low, high = self._bounds(x)
+        return low + (high - low) * torch.special.ndtr(x)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """u of values in [low, high]; the edges, which rounding reaches, are as far out as the precision goes."""
+        low, high = self._bounds(x)
+        if not bool(((x >= low) & (x <= high)).all()):
+            raise ValueError(
+                f"The inverse of Probit needs values from low to high, got {float(x.min()):g} to {float(x.max()):g}."
+            )
+        eps = torch.finfo(x.dtype).eps
+        return torch.special.ndtri(((x - low) / (high - low)).clamp(eps, 1 - eps))
+
+    def within_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self._bounds(x)
+        good = ((x >= low) & (x <= high)).flatten(1).all(1)
+        return good, torch.where(good.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.5 * (low + high))
+
+    def log_det(self, u: Tensor) -> Tensor:
+        low, high = self._bounds(u)
+        normal = -0.5 * u.square() - 0.5 * math.log(2 * math.pi)
+        return (normal + (high - low).log()).flatten(1).sum(1)
 
 
 class Chain(Transform):

@@ -84,7 +84,7 @@ def check_calibration(
     truth: Array,
     samples: Array,
     *,
-    log_likelihood: tuple[Array, Array],
+    log_likelihood: tuple[Array, Array] | None = None,
     data: Array | None = None,
     references: Array | None = None,
     quantities: Mapping[str, tuple[Array, Array]] | None = None,
@@ -100,7 +100,8 @@ def check_calibration(
 
     Args:
         truth: x drawn from the prior, `(n_sim, *shape)`. samples: `(n_sim, draws, *shape)`, independent posterior draws.
-        log_likelihood: log p(d_i | x_i) `(n_sim,)` and log p(d_i | x_il) `(n_sim, draws)`.
+        log_likelihood: log p(d_i | x_i) `(n_sim,)` and log p(d_i | x_il) `(n_sim, draws)`; without it (a simulator whose
+            likelihood is unknown) TARP alone sees a posterior that learnt nothing.
         data: d, `(n_sim, *data_shape)`, from which TARP makes its references; or `references` themselves.
         quantities: further f(x, d), name -> (of the truth, of the draws).
         names: of the coordinates. level: family-wise α. seed: of ties and references.

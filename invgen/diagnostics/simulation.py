@@ -36,8 +36,8 @@ def calibrate(
     """Does this solver sample the posterior of this problem, for data that the problem itself would give?
 
     x_i ~ prior, d_i ~ p(d | x_i), i = 1 … n_sim; the solver draws from p(x | d_i) for all observations in one batch; the
-    ranks of every coordinate, of nuisance parameters and of log p(d_i | x), and TARP with references that follow the data,
-    are tested together (`check_calibration`).
+    ranks of every coordinate, of nuisance parameters and of log p(d_i | x) (where the noise model has a density), and TARP with
+    references that follow the data, are tested together (`check_calibration`).
 
     Args:
         problem: prior, operators and noise; its data only give shapes and dtype.
@@ -96,10 +96,11 @@ def calibrate(
     own = {name: (theta[name], unknown[name]) for name in unknown}
     for name, function in (quantities or {}).items():
         own[name] = _of_data(function, subset, truth, draws)
+    known = all(getattr(t.noise, "has_density", True) for t in problem.terms)
     result = check_calibration(
         truth,
         draws,
-        log_likelihood=_log_likelihoods(subset, truth, draws, theta, unknown),
+        log_likelihood=_log_likelihoods(subset, truth, draws, theta, unknown) if known else None,
         data=np.concatenate([_flat(t.data) for t in subset.terms], axis=1),
         quantities=own,
         level=level,

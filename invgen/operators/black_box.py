@@ -254,13 +254,12 @@ class Executable(Procedure):
     def _once(self, model: np.ndarray, live: set[subprocess.Popen[bytes]], stop: threading.Event) -> np.ndarray | str:
         folder = Path(tempfile.mkdtemp(prefix="invgen-run-"))
         try:
-            self.write(folder / "model.npy", model)
-            names = {"{input}": folder / "model.npy", "{output}": folder / "data.npy", "{folder}": folder}
+            names = self._prepare(folder, model)
             reason = self._execute(folder, names, live, stop)
             if reason:
                 return reason
             try:
-                result = np.asarray(self.read(folder / "data.npy"))
+                result = np.asarray(self.read(names["{output}"]))
                 if tuple(result.shape) != self.data_shape:
                     return f"the result has the shape {tuple(result.shape)} and not {self.data_shape}"
                 return result
@@ -269,8 +268,13 @@ class Executable(Procedure):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _prepare(self, folder: Path, model: np.ndarray) -> dict[str, Any]:
+        """Write what the program reads; what the placeholders of its command stand for."""
+        self.write(folder / "model.npy", model)
+        return {"{input}": folder / "model.npy", "{output}": folder / "data.npy", "{folder}": folder}
+
     def _execute(
-        self, folder: Path, names: dict[str, Path], live: set[subprocess.Popen[bytes]], stop: threading.Event
+        self, folder: Path, names: dict[str, Any], live: set[subprocess.Popen[bytes]], stop: threading.Event
     ) -> str:
         """Why the run failed; nothing when it did not."""
         quoted = {k: shlex.quote(str(v)) if self.shell else str(v) for k, v in names.items()}

@@ -192,6 +192,8 @@ def test_density_belongs_to_the_draws(prior):
     """Stein's identity, E[x_i ∂_j log p(x)] = −δ_ij, ties log_prob (with its Jacobian) to sample."""
     if learned(prior) or not isinstance(prior, HasDensity):
         pytest.skip("no density")
+    if getattr(prior, "has_edges", False):
+        pytest.skip("a density that does not vanish at its edges adds boundary terms to the identity")
     x = draws(prior, 8000, seed=11)
     s = score(prior.log_prob, x).flatten(1)
     flat = x.flatten(1)
