@@ -14,7 +14,9 @@
                 simulations, coverage over 500 others, mean of 200 repeats: the worst of four kinds of region. The target is
                 0.9 (exactly 451/501 in expectation) within three standard errors of that mean.
 
-`--only c2st` (loader, misspec, conformal) runs one part. `--fast`: two observations, 1,000 simulations, the fast classifier on
+    image       64 × 64 Gaussian fields behind a mask and a post-stack: `sbi_image.py`, which runs alone, too.
+
+`--only c2st` (loader, misspec, conformal, image) runs one part. `--fast`: two observations, 1,000 simulations, the fast classifier on
 2,000 draws; 60 repeats. Everything that decides the result stands in this file.
 """
 
@@ -185,8 +187,19 @@ def conformal(bench: Benchmark) -> None:
     bench.add("conformal_coverage", float(value.mean()), "coverage", float(value.std()) / math.sqrt(repeats), note)
 
 
+# --- images -------------------------------------------------------------------------------------------------------------
+
+
+def image(bench: Benchmark) -> None:
+    """Conditional flow matching against closed forms."""
+    from sbi_image import FAST, measure
+
+    for figure in measure(**(FAST if bench.fast else {})):
+        bench.add(figure["id"], figure["value"], figure["unit"], figure["mc_error"], figure["note"])
+
+
 def main() -> None:
-    parts = ("c2st", "loader", "misspec", "conformal")
+    parts = ("c2st", "loader", "misspec", "conformal", "image")
     bench = Benchmark("sbi", __doc__ or "", {"--only": {"choices": parts, "default": None, "help": "one part"}})
     chosen = parts if bench.args.only is None else (bench.args.only,)
     if "conformal" in chosen:
@@ -195,6 +208,8 @@ def main() -> None:
         misspecification(bench)
     if "loader" in chosen:
         loader(bench)
+    if "image" in chosen:
+        image(bench)
     if "c2st" in chosen:
         for task in TASKS.values():
             task_c2st(bench, task)
