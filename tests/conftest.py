@@ -1,6 +1,7 @@
 """One torch thread, fixed seeds, and the real data where they lie beside the repository."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,6 +20,13 @@ try:
     settings.load_profile("invgen")
 except ImportError:  # the suite needs the dev extra; tests that use hypothesis say so themselves
     pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c():
+    """A shell starts its background jobs with SIGINT ignored; the tests of Ctrl-C then have none to catch."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
