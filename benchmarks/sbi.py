@@ -29,7 +29,9 @@ import contextlib
 import math
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import Benchmark, interleaved
@@ -97,8 +99,8 @@ def loader(bench: Benchmark) -> None:
     theirs = peer.get_dataloaders(training_batch_size=size, validation_fraction=1e-4)[0]
     ours = Batches(x, d, size=size, seed=SEED)
 
-    def through(batches: object) -> int:
-        return sum(len(b[0]) for b in batches)  # type: ignore[attr-defined]
+    def through(batches: Iterable[Any]) -> int:
+        return sum(len(b[0]) for b in batches)
 
     timing = interleaved({"invgen": lambda: through(ours.epoch(0)), "sbi": lambda: through(theirs)}, 9)
     ratio = timing["sbi"].median / timing["invgen"].median

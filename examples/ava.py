@@ -103,7 +103,7 @@ def invert(data: Survey, prior: DiffusionPrior | GaussianPrior, samples: int) ->
     dtype = torch.float64 if isinstance(prior, GaussianPrior) else torch.float32
     posterior = solver.solve(problem, samples, seed=0, dtype=dtype)
     fit = {
-        f"chi2_{t.name}": float(((t.data - p[0, 0]) / t.noise.sigma).square().mean())  # type: ignore[union-attr]
+        f"chi2_{t.name}": float(((t.data - p[0, 0]) / t.noise.sigma).square().mean())
         for t, p in zip(terms, posterior.predict(), strict=True)
     }
     return posterior.samples[0, 0].double(), {**fit, "seconds": time.perf_counter() - began}

@@ -112,7 +112,7 @@ def score(problem: InverseProblem, mean: Tensor, draws: Tensor, truth: Tensor) -
     term, sd = problem.terms[0], draws.std(0)
     inside = (truth >= draws.amin(0)) & (truth <= draws.amax(0))
     return {
-        "snr_before": decibels(truth, term.operator.adjoint(term.data)[0]),  # type: ignore[operator]
+        "snr_before": decibels(truth, term.operator.adjoint(term.data)[0]),
         "snr_after": decibels(truth, mean),
         "error_over_sd": float((mean - truth).square().mean().sqrt() / sd.square().mean().sqrt()),
         "coverage": float(inside.double().mean()),
@@ -127,7 +127,7 @@ def draw(path: str, grid: Grid, truth: Tensor, problem: InverseProblem, estimate
     term, draws = problem.terms[0], samples[:, 0].numpy()
     record = term.data[0, 0].numpy()
     recorded = Grid(record.shape, grid.spacing, (), ("t", "x"), ("s", ""), ("pressure",))
-    cut = term.operator.adjoint(term.data)[0, 0].numpy()  # type: ignore[operator]
+    cut = term.operator.adjoint(term.data)[0, 0].numpy()
     true, mean = truth[0].numpy(), estimate[0].numpy()
     reach = float(np.percentile(np.abs(true), 99))
     grey = {"cmap": "gray_r", "vmin": -reach, "vmax": reach}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -79,7 +79,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def arrays(path: Path, mode: str = "r") -> dict[str, Any]:
+def arrays(path: Path, mode: Literal["r", "r+"] = "r") -> dict[str, Any]:
     """Name -> memory map of each dataset ("x", "theta/NAME", "data/0", …, "state"); mode "r" or "r+".
 
     Memory maps pickle by path, are shared by processes and read any row without reading its neighbours.
@@ -100,7 +100,7 @@ def arrays(path: Path, mode: str = "r") -> dict[str, Any]:
                     f"{path}:/{name} is stored in chunks or compressed; open it with h5py and give the dataset to Simulations."
                 )
             found[name] = (
-                np.memmap(path, dtype=item.dtype, mode=mode, offset=offset, shape=item.shape)  # type: ignore[call-overload]
+                np.memmap(path, dtype=item.dtype, mode=mode, offset=offset, shape=item.shape)
                 if item.size
                 else np.empty(item.shape, item.dtype)
             )

@@ -112,7 +112,7 @@ class Blocks(Covariance):
 
     def _each(self, name: str, v: Tensor) -> Tensor:
         """The method of that name of every block on its part of v, joined again."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define _each.")
 
     @property
     def per_item(self) -> bool:

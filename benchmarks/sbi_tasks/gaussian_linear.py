@@ -22,7 +22,7 @@ class GaussianLinear(Task):
 
     name, data_shape, published = "gaussian_linear", (DIM,), (0.694, 0.552)
     prior = GaussianPrior.diagonal(torch.zeros(DIM), VARIANCE)
-    simulate = staticmethod(simulate)  # type: ignore[assignment]
+    simulate = staticmethod(simulate)
 
     def log_likelihood(self, x: Tensor, data: Tensor) -> Tensor:
         return torch.distributions.Normal(x, VARIANCE**0.5, validate_args=False).log_prob(data).sum(1)

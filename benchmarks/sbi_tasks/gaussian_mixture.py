@@ -32,7 +32,7 @@ class GaussianMixture(Task):
 
     name, data_shape, published = "gaussian_mixture", (2,), (0.716, 0.615)
     prior = UniformPrior(-10.0, 10.0, shape=(2,))
-    simulate = staticmethod(simulate)  # type: ignore[assignment]
+    simulate = staticmethod(simulate)
 
     def log_likelihood(self, x: Tensor, data: Tensor) -> Tensor:
         r = data - x

@@ -58,7 +58,7 @@ class SLCP(Task):
 
     name, data_shape, published = "slcp", (2 * POINTS,), (0.975, 0.901)
     prior = UniformPrior(-BOUND, BOUND, shape=(5,))
-    simulate = staticmethod(simulate)  # type: ignore[assignment]
+    simulate = staticmethod(simulate)
 
     def log_likelihood(self, x: Tensor, data: Tensor) -> Tensor:
         a, b, c = (v[:, None] for v in parts(x[:, 2:]))

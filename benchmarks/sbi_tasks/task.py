@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ __all__ = ["Task", "rejected"]
 D = torch.float64
 
 
-class Task:
+class Task(ABC):
     """One task.
 
     Attributes:
@@ -29,18 +30,18 @@ class Task:
     data_shape: tuple[int, ...]
     published: tuple[float, float]
 
-    @property
-    def simulate(self) -> Callable[[Tensor], Tensor]:
+    @staticmethod
+    @abstractmethod
+    def simulate(x: Tensor) -> Tensor:
         """`(n, dim)` to `(n, *data_shape)`, noise from torch's global generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_likelihood(self, x: Tensor, data: Tensor) -> Tensor:
         """log p(data | x), `(n,)`: of `(n, dim)` and `(n or 1, *data_shape)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def posterior(self, data: Tensor, n: int, seed: int = 0) -> Tensor:
         """`(n, dim)` float64 draws of p(x | data), data `data_shape`."""
-        raise NotImplementedError
 
     def problem(self, data: Tensor) -> InverseProblem:
         """The problem without a likelihood: what simulation-based inference is given."""

@@ -41,7 +41,7 @@ class TwoMoons(Task):
 
     name, data_shape, published = "two_moons", (2,), (0.725, 0.606)
     prior = UniformPrior(-1.0, 1.0, shape=(2,))
-    simulate = staticmethod(simulate)  # type: ignore[assignment]
+    simulate = staticmethod(simulate)
 
     def log_likelihood(self, x: Tensor, data: Tensor) -> Tensor:
         p = data - folded(x) - torch.tensor([OFFSET, 0.0]).to(x)

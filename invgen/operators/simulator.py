@@ -108,7 +108,8 @@ class Simulator(BlackBox):
         ]
 
     def extra_repr(self) -> str:
-        inner = self.function.function  # type: ignore[attr-defined]
+        seeded: Any = self.function  # `_Seeded`
+        inner = seeded.function
         name = getattr(inner, "__qualname__", type(inner).__name__)
         return f"{self.model_shape} -> {self.data_shape}, {getattr(inner, '__module__', '')}.{name}, source {self.source}, seed {self.seed}"
 

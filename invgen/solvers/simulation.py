@@ -35,7 +35,8 @@ best held-out loss; several members hold out different shares and are mixed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from operator import index
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -159,14 +160,12 @@ class _Estimator(Solver):
             TypeError: a prior without what the space needs.
         """
         self.check(problem)
-        return fit(
-            self._recipe(),
-            problem,
-            self.simulations if simulations is None else simulations,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
+        given = self.simulations if simulations is None else simulations
+        return self._train(problem, given, seed=seed, device=device, progress=progress)
+
+    def _train(self, problem: InverseProblem, simulations: Simulations | int, **options: Any) -> AmortizedPosterior:
+        """What `fit` does once the problem is checked."""
+        return fit(self._recipe(), problem, simulations, **options)
 
     # --- as a solver: fit once a problem and seed, then draw -----------------------------------------------------------
 
@@ -236,25 +235,15 @@ class NPE(_Estimator):
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"depth": self.depth, "bins": self.bins}
 
-    def fit(
-        self,
-        problem: InverseProblem,
-        simulations: Simulations | int | None = None,
-        *,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-    ) -> AmortizedPosterior:
-        """As every estimator's `fit`; with `rounds` above 1 for the problem's one observation, and simulated here."""
+    def _train(self, problem: InverseProblem, simulations: Simulations | int, **options: Any) -> AmortizedPosterior:
+        """With `rounds` above 1 for the problem's one observation, and simulated here."""
         if self.rounds == 1:
-            return super().fit(problem, simulations, seed=seed, device=device, progress=progress)
-        if not (simulations is None or hasattr(simulations, "__index__")):
+            return super()._train(problem, simulations, **options)
+        if not isinstance(simulations, SupportsIndex):
             raise TypeError(
                 "NPE(rounds > 1) simulates where the round before found mass; give the number of simulations."
             )
-        self.check(problem)
-        count = self.simulations if simulations is None else int(simulations)  # type: ignore[call-overload]
-        return fit_in_rounds(self._recipe(), self.rounds, problem, count, seed=seed, device=device, progress=progress)
+        return fit_in_rounds(self._recipe(), self.rounds, problem, index(simulations), **options)
 
     def _depends(self, problem: InverseProblem) -> tuple[Any, ...]:
         if self.rounds == 1:
