@@ -59,7 +59,7 @@ bench: $(VENV)/.installed
 # Peers are compared against, never imported by invgen or its tests; they may want other versions than it does.
 $(PEERS)/.installed: pyproject.toml
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 deepinv azula pylops cuqipy pyro-ppl -e .
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 deepinv azula pylops cuqipy pyro-ppl caustics gstools gstlearn -e .
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps sbibm==1.1.0 # its files only: it wants an old sbi
 	touch $@
 

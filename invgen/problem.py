@@ -346,7 +346,7 @@ class InverseProblem:
                     f"Term {term.name!r} is not linear with Gaussian noise ({type(term.operator).__name__}, "
                     f"{type(term.noise).__name__}); use a solver that takes non-linear problems."
                 )
-            parts.append(_RealModel(linear) if term.data.is_complex() else linear)
+            parts.append(_RealModel(linear) if term.data.is_complex() and not _has_real_adjoint(linear) else linear)
             data.append(term.data - offset.to(term.data) if isinstance(offset, Tensor) else term.data)
             covariances.append(term.noise.covariance(linear.data_shape, **theta))
         if len(parts) == 1:
@@ -399,6 +399,13 @@ def _affine_parts(operator: Operator) -> tuple[LinearOperator | None, Tensor | N
     if isinstance(operator, AffineOperator):
         return operator.linear, operator.offset
     return (operator, None) if isinstance(operator, LinearOperator) else (None, None)
+
+
+def _has_real_adjoint(operator: LinearOperator) -> bool:
+    """Whether an operator with complex data already takes real models, and keeps its own solves for them."""
+    while isinstance(inside := getattr(operator, "operator", None), LinearOperator):  # a multiple of one
+        operator = inside
+    return bool(getattr(operator, "real_model", False))
 
 
 def _derived(seed: int, i: int) -> int:

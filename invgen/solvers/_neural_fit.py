@@ -279,12 +279,14 @@ def _bar(name: str, epochs: int, shown: bool) -> Iterator[Callable[[int, float],
 
 @torch.no_grad()
 def _typical(network: Network, rows: _Rows) -> Typical:
-    """Where the simulated data lie: in data space where their covariance can be held, else in the embedding."""
+    """Where the simulated data lie: in data space where their covariance can be held, else (and for sets, whose members
+    have no order) in the embedding."""
 
     def vectors(d: Tensor) -> Tensor:
         g = network.standard_d(d.cpu())
         member = network._each()[0]
-        return g if has_covariance(network.data_dim) or member.embedding is None else member.embed(g)
+        plain = has_covariance(network.data_dim) and not network.sets
+        return g if plain or member.embedding is None else member.embed(g)
 
     held = vectors(rows.held(0)[1])
     return Typical.of(vectors(rows.train(0, _STATISTICS)[1]), held[:_KEPT])

@@ -19,6 +19,7 @@ from invgen.solvers._neural_affine import Affine
 from invgen.solvers._neural_embeddings import Embedding, Given
 from invgen.solvers._neural_members import Member
 
+SETS = ("deepsets", "transformer")  # embeddings that do not see the order of members
 POSTERIORS = ("npe", "fmpe", "npse")  # methods whose network is a law of the unknowns
 
 
@@ -60,6 +61,8 @@ class Network(nn.Module):
         super().__init__()
         self.settings, self.dim, self.data_dim = dict(settings), dim, data_dim
         self.method = str(settings["method"])
+        self.sizes = [math.prod(s) for s in layout]
+        self.sets = [tuple(s) for s in layout] if settings["embedding"] in SETS and kept is None else []
         for name, size in (("v", dim), ("d", data_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_sd", torch.ones(size))
@@ -89,13 +92,26 @@ class Network(nn.Module):
         """Means, standard deviations and the linear part, from simulations `(n, dim)` and `(n, data_dim)`."""
         for name, rows in (("v", v), ("d", d)):
             mean, sd = rows.double().mean(0), rows.double().std(0)
+            if name == "d" and self.sets:
+                mean, sd = self._of_members(mean, sd)
             scale = mean.abs().clamp_min(1e-30)
             getattr(self, f"{name}_mean").copy_(mean)
             # what never varies carries no information, and stays at its mean
             getattr(self, f"{name}_sd").copy_(torch.where(sd > 1e-7 * scale, sd, torch.ones_like(sd)))
         if self.method != "nre":
             y, g = self._roles(self.standard_v(v), self.standard_d(d))
-            self.affine.fit(y, g, regress=linear)
+            self.affine.fit(y, g, regress=linear and not self.sets)  # a coefficient a place would bring the order back
+
+    def _of_members(self, mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
+        """One mean and sd for all members of a set: one a place would give their order a meaning."""
+        centres, spreads = [], []
+        for m, s, shape in zip(mean.split(self.sizes), sd.split(self.sizes), self.sets, strict=True):
+            m, s = m.reshape(shape[0], -1), s.reshape(shape[0], -1)
+            centre = m.mean(0)
+            spread = (s.square() + (m - centre).square()).mean(0).sqrt()
+            centres.append(centre.expand_as(m).flatten())
+            spreads.append(spread.expand_as(s).flatten())
+        return torch.cat(centres), torch.cat(spreads)
 
     def standard_v(self, v: Tensor) -> Tensor:
         return (v - self.v_mean) / self.v_sd

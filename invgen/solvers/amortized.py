@@ -137,7 +137,10 @@ class AmortizedPosterior(Solver):
 
     def _summary(self, flat: Tensor, network: Network) -> Tensor:
         width = len(self.typical.centre)
-        return network.standard_d(flat) if width == self.features.dim else network.condition(flat).embedded[0]
+        embedded = network.condition(flat).embedded
+        if width == self.features.dim and not (network.sets and embedded and embedded[0].shape[1] == width):
+            return network.standard_d(flat)
+        return embedded[0]
 
     def log_prob(self, x: Tensor, d: Tensor | Sequence[Tensor], **theta: Tensor) -> Tensor:
         """log q(x | d), `(n,)`, nuisance parameters jointly, −∞ outside the prior's support.
