@@ -23,13 +23,14 @@ class Stationary(Covariance):
         spectrum: eigenvalues S on `padded`, `(channels, *padded)` or `(batch, channels, *padded)` (one for each item),
             real, non-negative, in `fftn` order; even, S(k) = S(−k), where the fields are real.
         shape: `(channels, *spatial)` of the item.
+        even: whether S(k) = S(−k), where that is known; looked up when omitted, which copies the spectrum twice.
 
     Cost: two FFTs of the padded grid an application, half of that for real fields.
     """
 
     _rank = 2
 
-    def __init__(self, spectrum: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(self, spectrum: Tensor, shape: tuple[int, ...], *, even: bool | None = None) -> None:
         self.shape = tuple(shape)
         spectrum = torch.as_tensor(spectrum)
         spectrum = spectrum[None] if spectrum.ndim == len(self.shape) - 1 else spectrum
@@ -50,9 +51,11 @@ class Stationary(Covariance):
         self.spectrum = spectrum
         self.padded = tuple(spectrum.shape[-spatial:])
         self.periodic = self.padded == self.shape[1:]
-        axes = tuple(range(-spatial, 0))
-        mirrored = torch.roll(spectrum.flip(axes), (1,) * spatial, axes)
-        self.even = bool(torch.allclose(spectrum, mirrored, rtol=1e-4, atol=1e-6 * float(spectrum.max())))
+        if even is None:
+            axes = tuple(range(-spatial, 0))
+            mirrored = torch.roll(spectrum.flip(axes), (1,) * spatial, axes)
+            even = bool(torch.allclose(spectrum, mirrored, rtol=1e-4, atol=1e-6 * float(spectrum.max())))
+        self.even = even
         self._gains: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -259,6 +259,9 @@ class GaussianPrior(ClosedForm):
 
     def _shrink(self, v: Tensor, noise: Tensor) -> Tensor:
         """C (C + noise)⁻¹ v; noise `(batch or 1, 1, …)`."""
+        own = getattr(self.covariance_u, "shrink", None)
+        if own is not None:  # a covariance with a basis, or a polynomial, of its own
+            return own(v, noise)  # type: ignore[no-any-return]
         padded = isinstance(self.covariance_u, Stationary) and not self.covariance_u.periodic
         if padded and self.dim > DENSE_LIMIT:
             return _Smoother.apply(v, noise, self.covariance_u)
