@@ -105,6 +105,10 @@ class Chain(Solver):
         if self.superchains is not None:
             leader = torch.tensor(_leaders(rng, self.superchains), device=z.device)
             z, phi = z[leader].clone(), phi[leader].clone()
+        return self.started(target, z, phi, rng)
+
+    def started(self, target: Target, z: Tensor, phi: Tensor, rng: Streams) -> dict[str, Tensor]:
+        """The state of chains that have not moved from z `(batch, dim)`, where the misfit is phi `(batch,)`."""
         state = {"z": z, "phi": phi, "clock": torch.zeros((), dtype=torch.long)}
         if self.gradient:
             state["phi"], state["grad"] = target.value_and_grad(z)
@@ -163,6 +167,8 @@ class Chain(Solver):
 
     def finished_draws(self, state: Mapping[str, Tensor]) -> int:
         """Kept draws so far: what a run that stops early has."""
+        if not bool(torch.isfinite(state["z"]).all(1).any()):
+            return self.draws  # a chunk that is lost ends early, and its NaN stand beside the draws of other chunks
         return max(0, min(self.draws, (int(state["clock"]) - self.warmup) // self.thin))
 
 
