@@ -4,7 +4,7 @@ A facies k at the node s says that Y_j(s) lies in the side [a_j, b_j] of its rec
 
     y | facies ~ N(0, K) restricted to ∏ [a_i, b_i],      K the covariance at the data,
 
-drawn by Gibbs: y_i given the others is N(y_i − (Q y)_i / Q_ii, 1 / Q_ii), Q = K⁻¹, cut to [a_i, b_i]. Then the field given y is
+started one after another, each given those before it, and drawn by Gibbs: y_i given the others is N(y_i − (Q y)_i / Q_ii, 1 / Q_ii), Q = K⁻¹, cut to [a_i, b_i]. Then the field given y is
 û + C Aᵀ K⁻¹ (y − A û), û an unconditional draw: exact given y, so that the whole is exact once the Gibbs sampler has converged.
 
 References: Freulon & de Fouquet 1993; Armstrong et al., Plurigaussian Simulations in Geosciences, 2011, section 7.4.
@@ -84,7 +84,13 @@ def facies_given(
         if field is not None:
             low, high = _sides(prior, kept, torch.from_numpy(nodes), j)
             fields.append(_conditioned(field, A, low, high, n, sweeps, rng.spawn(f"{j}")))
-    return prior.rule.codes(fields[0], fields[-1])
+    drawn = prior.rule.codes(fields[0], fields[-1])
+    wrong = (drawn.flatten(1)[:, torch.from_numpy(nodes)] != kept.to(drawn)).any(1)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{int(wrong.sum())} of {n} draws do not honour the facies at the data: the sides of its rectangle are too narrow for a field this smooth; add a Nugget to the field or drop data that crowd."
+        )
+    return drawn
 
 
 def _sides(prior: Any, codes: Tensor, nodes: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -113,13 +119,7 @@ def _conditioned(field: Any, A: PointSampling, low: Tensor, high: Tensor, n: int
         )
     Q = torch.cholesky_inverse(factor)
     sd = Q.diagonal().rsqrt()
-    y = _truncated(
-        torch.zeros(n, m, dtype=torch.float64),
-        torch.ones(m, dtype=torch.float64),
-        low,
-        high,
-        rng.uniform((m,), dtype=torch.float64, tag="start"),
-    )
+    y = _sequential_start(factor, low, high, rng.uniform((m,), dtype=torch.float64, tag="start"))
     for _ in range(sweeps):
         product = y @ Q
         u = rng.uniform((m,), dtype=torch.float64, tag="sweep")
@@ -144,4 +144,20 @@ def _truncated(mean: Tensor, sd: Tensor, low: Tensor, high: Tensor, u: Tensor) -
     p, q = torch.special.ndtr(a), torch.special.ndtr(b)
     w = torch.special.ndtri((p + u * (q - p)).clamp(1e-300, 1 - 1e-16))
     w = torch.minimum(torch.maximum(w, a), b)
-    return mean + sd * torch.where(flip, -w, w)
+    # rounding must not carry a value across its bound, from where a chain would not come back
+    return torch.minimum(torch.maximum(mean + sd * torch.where(flip, -w, w), low), high)
+
+
+def _sequential_start(factor: Tensor, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
+    """`(n, m)` values in their intervals, each drawn given those before it (Geweke, Hajivassiliou & Keane).
+
+    With K = L Lᵀ and y = L z, z_i ~ N(0, 1) cut to where a_i ≤ Σ_{j ≤ i} L_ij z_j ≤ b_i. It is N(0, K) itself where the
+    intervals are open, and correlated as K is elsewhere, which sweeps through single values reach only slowly.
+    """
+    y = torch.zeros_like(u)
+    z = torch.zeros_like(u)
+    for i in range(len(low)):
+        before = z[:, :i] @ factor[i, :i]
+        y[:, i] = _truncated(before, factor[i, i], low[i], high[i], u[:, i])
+        z[:, i] = (y[:, i] - before) / factor[i, i]
+    return y

@@ -140,6 +140,9 @@ def _map(value: float | Tensor, what: str) -> Tensor:
     return values if values.is_floating_point() else values.double()
 
 
+_DARK = 1e-290  # electrons
+
+
 class _Photons(Distribution):
     arg_constraints: dict[str, Any] = {}
 
@@ -172,11 +175,16 @@ class _Photons(Distribution):
         electrons = E * value.double() + self.noise.sky.to(rate)
         if self.noise.likelihood == "gaussian":
             variance = rate.clamp_min(0) + r.square()
+            possible = variance > 0  # without light and read noise there is no Gaussian to speak of
+            variance = torch.where(possible, variance, torch.ones_like(variance))
             out = -0.5 * ((electrons - rate).square() / variance + (2 * math.pi * variance).log())
+            out = torch.where(possible, out, torch.full_like(out, -math.inf))
         else:
             shifted = self.noise.likelihood == "shifted_poisson" or self.noise._half == 0
-            possible = rate > 0
-            rate = torch.where(possible, rate, torch.ones_like(rate))
+            # no light is possible (a lens leaves much of an image dark): λ log λ and its derivative in the limit of none;
+            # counts below zero are not where nothing was added to them
+            possible = (rate >= 0) & ((r > 0) | (electrons > -0.5))
+            rate = torch.where(rate >= 0, rate, torch.ones_like(rate)) + _DARK
             out = _shifted(electrons, rate, r) if shifted else _sum(electrons, rate, r, self.noise._half)
             out = torch.where(possible, out, torch.full_like(out, -math.inf))
         return (out + E.log()).to(self.prediction.dtype)

@@ -202,3 +202,27 @@ def test_a_sampler_finds_the_posterior_of_few_counts(likelihood: str) -> None:
     n = len(draws)
     assert abs(float(draws.mean()) - mean) < 5 * sd / math.sqrt(n / 4)  # a quarter of the draws, to be careful
     assert float(draws.std()) / sd == pytest.approx(1, abs=5 / math.sqrt(2 * n / 4))
+
+
+@pytest.mark.parametrize("likelihood", ["exact", "shifted_poisson", "gaussian"])
+def test_dark_pixels_are_possible(likelihood: str) -> None:
+    """λ = 0 with read noise: N(n; 0, r²) for the exact law, and a finite likelihood and gradient for all."""
+    noise = PhotonNoise(1.0, read_noise=2.0, likelihood=likelihood)
+    dark = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    data = torch.tensor([[0.0, 1.5, -2.5]], dtype=torch.float64)
+    level = noise(dark).log_prob(data)
+    (slope,) = torch.autograd.grad(level.sum(), dark)
+    assert bool(torch.isfinite(level).all() & torch.isfinite(slope).all())
+    if likelihood == "exact":
+        right = torch.distributions.Normal(0.0, torch.tensor(2.0, dtype=torch.float64))
+        assert float(level.detach()) == pytest.approx(float(right.log_prob(data).sum()), rel=1e-12)
+        # d/dλ log Σ_k Poisson(k; λ) N(n; k, r²) = N(n; 1, r²)/N(n; 0, r²) − 1
+        other = torch.distributions.Normal(1.0, torch.tensor(2.0, dtype=torch.float64))
+        want = (other.log_prob(data) - right.log_prob(data)).exp() - 1
+        torch.testing.assert_close(slope, want, rtol=1e-9, atol=1e-9)
+
+
+def test_counts_without_read_noise_are_not_negative() -> None:
+    noise = PhotonNoise(1.0)
+    assert float(noise(torch.zeros(1, 1)).log_prob(torch.zeros(1, 1))) == 0.0
+    assert float(noise(torch.ones(1, 1)).log_prob(-3.0 * torch.ones(1, 1))) == -math.inf

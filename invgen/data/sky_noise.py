@@ -90,8 +90,8 @@ def drizzled_noise(
         floor: least power at any frequency, a share of the mean power.
 
     Returns:
-        `GaussianNoise`, for whole images: a mask needs the dense matrix and 4096 pixels at the most. Where pixels are
-        missing in larger images, give them a large sd instead: they then weigh nothing.
+        `GaussianNoise`, for whole images: a mask needs the dense matrix and 4096 pixels at the most. A large sd in the place
+        of missing pixels is no way out: it says that their *correlated* part is known to be zero, and neighbours weigh too much.
 
     Raises:
         ValueError: a correlation that is not even, longer than the image, or negative as a whole.

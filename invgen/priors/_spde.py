@@ -279,16 +279,29 @@ def _varying(
 
 
 def _lattice_variance(kappa2: float, H: np.ndarray, spacing: Sequence[float], alpha: float, scale: float) -> float:
-    """Variance of D M^(−α/2) z on an endless lattice: the mean of D² λ(k)^(−α) over the wavenumbers k."""
+    """Variance of D M^(−α/2) z on an endless lattice: the mean of D² λ(k)^(−α) over the wavenumbers k.
+
+    λ^(−α) has a peak of width √κ²/c at k = 0, c the length in cells. Gauss–Legendre nodes in t with k = w sinh(t)
+    resolve it at every length, w = √κ²/c: equal steps in t are equal steps in k within the peak and in ln k outside.
+    """
     d = len(spacing)
-    most = {1: 1 << 16, 2: 1 << 11, 3: 1 << 7}[d]
-    cells = [math.sqrt(H[i, i]) / spacing[i] for i in range(d)]  # lengths in cells
-    size = [min(most, max(64, 1 << math.ceil(math.log2(24 * c)))) for c in cells]
-    k = [np.pi * (2 * (np.arange(n) + 0.5) / n) for n in size]  # between the wavenumbers of a torus: no zero among them
-    shaped = [w.reshape(-1, *(1,) * (d - 1 - i)) for i, w in enumerate(k)]
+    nodes, weights = np.polynomial.legendre.leggauss({1: 512, 2: 256, 3: 96}[d])
+    k, share = [], []
+    for i in range(d):
+        width = math.sqrt(kappa2) * spacing[i] / math.sqrt(H[i, i])
+        reach = math.asinh(math.pi / width)
+        t = 0.5 * reach * (nodes + 1)
+        own, weight = width * np.sinh(t), 0.5 * reach * weights * width * np.cosh(t) / math.pi
+        if i == 0 and d == 2 and H[0, 1]:  # λ(k) = λ(−k) only with both signs turned: one axis has both
+            own, weight = np.concatenate([-own[::-1], own]), 0.5 * np.concatenate([weight[::-1], weight])
+        k.append(own.reshape(-1, *(1,) * (d - 1 - i)))
+        share.append(weight.reshape(-1, *(1,) * (d - 1 - i)))
     total = np.full((1,) * d, kappa2)
     for i in range(d):
-        total = total + H[i, i] / spacing[i] ** 2 * 2 * (1 - np.cos(shaped[i]))
+        total = total + H[i, i] / spacing[i] ** 2 * 2 * (1 - np.cos(k[i]))
     if d == 2 and H[0, 1]:
-        total = total + 2 * H[0, 1] * np.sin(shaped[0]) * np.sin(shaped[1]) / (spacing[0] * spacing[1])
-    return float(scale**2 * (total**-alpha).mean())
+        total = total + 2 * H[0, 1] * np.sin(k[0]) * np.sin(k[1]) / (spacing[0] * spacing[1])
+    density = total**-alpha
+    for weight in share:
+        density = density * weight
+    return float(scale**2 * density.sum())

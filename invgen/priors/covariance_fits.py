@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,7 +123,8 @@ class _Parameters:
         self.template, self.slots = template, []
         for i, part in enumerate(template.parts):
             for name in free:
-                if not hasattr(part, name) or (isinstance(part, Nugget) and name != "variance"):
+                own = {f.name for f in fields(part)}  # ν of an exponential is a number of its class, and not free
+                if name not in own or (isinstance(part, Nugget) and name != "variance"):
                     continue
                 value = np.atleast_1d(np.asarray(getattr(part, name), dtype=np.float64))
                 self.slots += [(i, name, k, len(value) > 1, name != "angle") for k in range(len(value))]

@@ -13,7 +13,7 @@ Linear methods are x = T(μ + P z), z ~ N(0, I), with P Pᵀ = Σ:
 
     (1) A block of a circulant matrix has no cheap determinant or inverse: larger fields have no `log_prob`, and no `encode` at all.
 
-Two methods are Gaussian only in the limit of many terms, and only draw (also at points off the grid, `at`):
+Two methods are Gaussian only in the limit of many terms, and only draw (waves also at points off the grid, `at`):
 
     spectral         waves of random frequency             (Shinozuka; one matrix product on a grid)
     turning_bands    lines of random direction             (Matheron; two and three dimensions)
@@ -73,7 +73,7 @@ class RandomField:
         method: "auto" or one of the table.
         mean: number or field in u.
         spacing: distance between samples, where `where` is a shape.
-        transform: x = T(u); `Exp()` for a lognormal field, `Anamorphosis` for other marginals.
+        transform: x = T(u); `Exp()` for a lognormal field, `invgen.anamorphosis` for other marginals.
         **options: circulant: padding ("minimal", or samples an axis). kl: rank, energy (share of the variance, 0.999). spde:
             length, angle (fields), margin (cells), tolerance (1e-6). sequential: neighbours (32), path_seed. spectral:
             modes (1000). turning_bands: bands (500), step (of the lines, in the smallest spacing; 0.25).

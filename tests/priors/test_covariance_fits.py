@@ -73,3 +73,12 @@ def test_bad_fields():
             fit_whittle(Matern(), x, spacing=(1.0, 1.0))
     with pytest.raises(ValueError, match="none of the parameters"):
         fit_whittle(Matern(), torch.randn(2, 5, 5), spacing=(1.0, 1.0), free=("alpha",))
+
+
+def test_a_free_order_in_a_sum_leaves_the_exponential_alone():
+    h = np.linspace(0.5, 20.0, 40)[:, None]
+    truth = Exponential(length=3.0) + Matern(nu=1.5, length=6.0)
+    semivariance = truth.sill - truth(h)
+    template = Exponential(length=2.0) + Matern(nu=1.0, length=5.0)
+    found = fit_variogram(template, Variogram(h, semivariance, np.full(40, 1000)), free=("variance", "length", "nu"))
+    assert type(found.parts[0]) is Exponential

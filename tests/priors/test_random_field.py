@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from invgen.contracts import HasDensity, HasGaussian, HasLatent
+from invgen.priors._spde import _lattice_variance
 from invgen.priors.covariance_models import (
     Cubic,
     Exponential,
@@ -139,6 +140,16 @@ def test_spde_is_a_power_of_its_stencil(model, shape, options):
     P = linear_part(field)
     assert relative(P @ P.T, expected) <= 1e-6
     assert relative(law.dense().numpy(), expected) <= 1e-6
+
+
+@pytest.mark.parametrize(("shape", "length"), [((1.0, 1.0), 1500.0), ((1.0, 1.0, 1.0), 80.0), ((1.0,), 1e4)])
+def test_the_lattice_of_a_long_field_has_the_variance_of_the_continuum(shape, length):
+    """σ² = Γ(ν) κ^(−2ν) / (Γ(α) (4π)^(d/2) L^d) of the continuous field (Lindgren et al. 2011); the lattice adds O(1/L²)."""
+    d, nu = len(shape), 1.0
+    alpha, kappa2 = nu + d / 2, 2 * nu
+    whole = math.gamma(nu) / (math.gamma(alpha) * (4 * math.pi) ** (d / 2)) * kappa2**-nu / length**d
+    found = _lattice_variance(kappa2, np.eye(d) * length**2, shape, alpha, 1.0)
+    assert found == pytest.approx(whole, rel=5 / length**2 + 1e-7 if length < 100 else 1e-5)
 
 
 def test_spde_is_the_matern_covariance_away_from_the_boundaries():
