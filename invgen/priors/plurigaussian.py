@@ -206,9 +206,10 @@ def _check_field(field: Any) -> None:
         raise TypeError(
             f"Plurigaussian fields are Gaussian with a latent, {field!r} is not; take a RandomField with a linear method."
         )
-    if not isinstance(getattr(field, "transform", Identity()), Identity):
+    transform = getattr(field, "transform", Identity())
+    if not isinstance(transform, Identity):
         raise ValueError(
-            f"The fields under a lithotype rule are Gaussian themselves, and this one has the transform {field.transform!r}; leave it out."
+            f"The fields under a lithotype rule are Gaussian themselves, and this one has the transform {transform!r}; leave it out."
         )
     shape: tuple[int, ...] = getattr(field, "shape", ())
     variance = field.covariance_u.diagonal().double()

@@ -17,6 +17,7 @@ from invgen.priors.lithotypes import Cut, LithotypeRule, bivariate
 from invgen.priors.plurigaussian import Plurigaussian
 from invgen.priors.random_field import RandomField
 from invgen.solvers import PCN
+from invgen.transforms import Exp
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:The practical range")
@@ -128,6 +129,7 @@ def test_pcn_is_exact_on_a_case_that_can_be_enumerated():
         (lambda: Plurigaussian(TREE, SHARES, field(), shift=(20, 0)), ValueError, "larger"),
         (lambda: Plurigaussian(TREE, SHARES, field(method="spectral"), field()), TypeError, "linear"),
         (lambda: Plurigaussian(TREE, SHARES, field(mean=1.0), field()), ValueError, "mean 0"),
+        (lambda: Plurigaussian(TREE, SHARES, field(transform=Exp()), field()), ValueError, "leave it out"),
         (lambda: Plurigaussian(TREE, SHARES, field(), field(), properties={"sand": 1.0}), ValueError, "Properties"),
     ],
 )
