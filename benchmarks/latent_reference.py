@@ -183,10 +183,10 @@ class Agreement:
         ess: of the runs together, the smallest over the means: the posterior's variance over the squared error.
     """
 
-    away: np.ndarray
+    away: np.ndarray = field(repr=False)
     z: float
-    means: np.ndarray
-    variances: np.ndarray
+    means: np.ndarray = field(repr=False)
+    variances: np.ndarray = field(repr=False)
     rhat: float
     ess: float
 
